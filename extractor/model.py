@@ -1,0 +1,221 @@
+"""The GPT-2 forward pass with taps, one layer at a time.
+
+Shapes: B sequences, T positions (padded to a multiple of 16), N heads, H d_head, D d_model, M d_mlp, V d_vocab,
+Q query, K key. The residual stream, LayerNorm, scores and softmax are float32 at every `compute`; matrix products with
+weights run in `compute`. Weights are used raw: nothing is folded or centred.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from headwater.extractor.batch import Batch
+from headwater.extractor.weights import Checkpoint
+from headwater.kernels.cpu import STATISTICS, attend
+from headwater.kernels.mask import RowBlock
+from headwater.kernels.workspace import Workspace
+
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+LOGIT_ROWS = 512
+
+
+def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.gelu_(x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "gelu": torch.ops.aten.gelu_,
+    "gelu_python": torch.ops.aten.gelu_,
+    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),
+    "relu": torch.relu_,
+    "silu": lambda x: F.silu(x, inplace=True),
+    "swish": lambda x: F.silu(x, inplace=True),
+    "tanh": torch.tanh_,
+}
+
+
+class Tap(Protocol):
+    """What the forward pass asks and tells while it runs."""
+
+    def wants(self, site: str, layer: int) -> bool:
+        """Say whether a site is to be computed at a layer (or depth)."""
+
+    def take(self, site: str, layer: int, value: torch.Tensor) -> None:
+        """Receive a site's value [B, T, …]; the memory is used again after the call."""
+
+    def take_rows(self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor) -> None:
+        """Receive one row block [N, Q, K] of `pattern` or `attn_scores` of one sequence of the batch."""
+
+
+class NoTap:
+    """Capture nothing: the plain forward pass."""
+
+    def wants(self, site: str, layer: int) -> bool:
+        return False
+
+    def take(self, site: str, layer: int, value: torch.Tensor) -> None:
+        raise AssertionError(site)
+
+    take_rows = take  # type: ignore[assignment]
+
+
+class Model:
+    """A GPT-2 ready to run: weights in the compute type, and scratch memory that is allocated once."""
+
+    def __init__(self, checkpoint: Checkpoint, compute: str = "fp32") -> None:
+        self.config = checkpoint.config
+        self.compute = COMPUTE[compute]
+        self.stream = torch.float64 if compute == "fp64" else torch.float32
+        self.workspace = Workspace()
+        self._activation = ACTIVATIONS[self.config.activation]
+        self._weights = {
+            name: tensor.to(self.compute if tensor.ndim == 2 and name.startswith("h.") else self.stream)
+            for name, tensor in checkpoint.tensors.items()
+        }
+        head = self._weights["wte.weight" if self.config.tied else "lm_head.weight"]
+        self._head = head.to(self.compute)
+
+    def scale(self, layer: int) -> float:
+        """Return the factor on q·k at a layer, by the configuration's two switches."""
+        scale = 1 / math.sqrt(self.config.d_head) if self.config.scale_attn_weights else 1.0
+        return scale / (layer + 1) if self.config.scale_attn_by_inverse_layer_idx else scale
+
+    def embed(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the residual stream at depth 0: float32 [B, T, D], written to `out` where one is given."""
+        x = torch.empty(*batch.tokens.shape, self.config.d_model, dtype=self.stream) if out is None else out
+        torch.index_select(self._weights["wte.weight"], 0, batch.tokens.view(-1), out=x.view(-1, x.shape[-1]))
+        return x.add_(self._weights["wpe.weight"][batch.positions])
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, tap: Tap) -> torch.Tensor:
+        """Run a whole batch, every depth, layer and output tapped; return the residual stream after the last layer."""
+        x = self.embed(batch)
+        for layer in range(self.config.n_layer):
+            self._tap_depth(layer, x, tap)
+            self.layer(layer, x, batch, tap)
+        self._tap_depth(self.config.n_layer, x, tap)
+        self.finish(x, batch, tap)
+        return x
+
+    def _tap_depth(self, depth: int, x: torch.Tensor, tap: Tap) -> None:
+        if tap.wants("resid", depth):
+            tap.take("resid", depth, x)
+
+    def layer(self, layer: int, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
+        """Advance the residual stream through one block, in place."""
+        b = f"h.{layer}."
+        normed = self._norm(b + "ln_1", x_BTD, tap, "ln1_scale", layer)
+        z = self._attention(layer, normed, batch, tap)
+        self._add(x_BTD, z, b + "attn.c_proj", tap, "attn_out", layer)
+        if tap.wants("resid_mid", layer):
+            tap.take("resid_mid", layer, x_BTD)
+        normed = self._norm(b + "ln_2", x_BTD, tap, "ln2_scale", layer)
+        self._add(x_BTD, self._neurons(layer, normed, tap), b + "mlp.c_proj", tap, "mlp_out", layer)
+
+    def finish(self, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
+        """Give the final LayerNorm's scale, the loss and the largest logits, as far as they are wanted."""
+        top = max(getattr(tap, "top_k", 0), 1)
+        outputs = [site for site in ("loss", "top_logits", "top_tokens") if tap.wants(site, 0)]
+        if not outputs and not tap.wants("ln_final_scale", 0):
+            return
+        normed = self._norm("ln_f", x_BTD, tap, "ln_final_scale", 0)
+        if not outputs:
+            return
+        n, length = batch.tokens.shape
+        loss = torch.full((n, length), math.nan)
+        logits_k = torch.empty(n, length, top)
+        tokens_k = torch.empty(n, length, top, dtype=torch.int32)
+        rows = self.workspace.get("logits", (min(LOGIT_ROWS, length), self.config.d_vocab), self.compute)
+        for i in range(n):
+            for first in range(0, length, LOGIT_ROWS):
+                part = slice(first, min(first + LOGIT_ROWS, length))
+                logits = rows[: part.stop - first]
+                torch.mm(normed[i, part], self._head.T, out=logits)
+                exact = logits if self.stream == torch.float64 else logits.float()
+                if "loss" in outputs:
+                    loss[i, part] = _next_token_loss(exact, batch.targets[i, part])
+                if len(outputs) > ("loss" in outputs):
+                    logits_k[i, part], tokens_k[i, part] = exact.topk(top)
+        for site, value in (("loss", loss), ("top_logits", logits_k), ("top_tokens", tokens_k)):
+            if site in outputs:
+                tap.take(site, 0, value)
+
+    def _norm(self, name: str, x: torch.Tensor, tap: Tap, scale_site: str, layer: int) -> torch.Tensor:
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        normed, _, inverse = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, self.config.layer_norm_epsilon)
+        if tap.wants(scale_site, layer):
+            tap.take(scale_site, layer, inverse[..., 0].reciprocal())
+        return normed.to(self.compute)
+
+    def _linear(self, name: str, x: torch.Tensor, buffer: str) -> torch.Tensor:
+        """Return x W + b in `compute`, in scratch memory."""
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        out = self.workspace.get(buffer, (*x.shape[:-1], weight.shape[1]), self.compute)
+        torch.addmm(bias.to(self.compute), x.view(-1, x.shape[-1]), weight, out=out.view(-1, weight.shape[1]))
+        return out
+
+    def _add(self, x: torch.Tensor, part: torch.Tensor, name: str, tap: Tap, site: str, layer: int) -> None:
+        """Add `part` W + b to the residual stream; as a product in place unless the sum itself is wanted."""
+        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        if self.compute == self.stream and not tap.wants(site, layer):
+            x.view(-1, x.shape[-1]).addmm_(part.view(-1, part.shape[-1]), weight)
+            x.add_(bias)
+            return
+        out = self._linear(name, part, "out")
+        if tap.wants(site, layer):
+            tap.take(site, layer, out)
+        x.add_(out)
+
+    def _attention(self, layer: int, normed: torch.Tensor, batch: Batch, tap: Tap) -> torch.Tensor:
+        c, (n, length) = self.config, batch.tokens.shape
+        qkv = self._linear(f"h.{layer}.attn.c_attn", normed, "qkv")
+        if self.compute != self.stream:
+            qkv = self.workspace.get("qkv_exact", tuple(qkv.shape), self.stream).copy_(qkv)
+        q, k, v = (part.view(n, length, c.n_head, c.d_head) for part in qkv.split(c.d_model, -1))
+        for site, value in (("q", q), ("k", k), ("v", v)):
+            if tap.wants(site, layer):
+                tap.take(site, layer, value)
+        z = self.workspace.get("z", (n, length, c.n_head, c.d_head), self.stream)
+        wanted = [site for site in STATISTICS if tap.wants(site, layer)]
+        statistics = {site: self._statistic(site, n, length) for site in wanted}
+
+        def rows(site: str) -> Callable[[int, RowBlock, torch.Tensor], None] | None:
+            if not tap.wants(site, layer):
+                return None
+            return lambda b, block, value: tap.take_rows(site, layer, b, block, value)
+
+        attend(q, k, v, z, scale=self.scale(layer), blocks=batch.blocks, row_start_BT=batch.row_start,
+               workspace=self.workspace, statistics=statistics, on_scores=rows("attn_scores"),
+               on_pattern=rows("pattern"))
+        for site in wanted:
+            tap.take(site, layer, statistics[site])
+        if tap.wants("z", layer):
+            tap.take("z", layer, z)
+        return z.view(n, length, c.d_model).to(self.compute)
+
+    def _statistic(self, site: str, n: int, length: int) -> torch.Tensor:
+        dtype = torch.int32 if site == "attn_argmax" else self.stream
+        return self.workspace.get(site, (n, self.config.n_head, length), dtype)
+
+    def _neurons(self, layer: int, normed: torch.Tensor, tap: Tap) -> torch.Tensor:
+        neurons = self._linear(f"h.{layer}.mlp.c_fc", normed, "neurons")
+        if tap.wants("mlp_pre", layer):
+            tap.take("mlp_pre", layer, neurons)
+        neurons = self._activation(neurons)
+        if tap.wants("mlp_post", layer):
+            tap.take("mlp_post", layer, neurons)
+        return neurons
+
+
+def _next_token_loss(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """Return −ln p(target) in nats, NaN where the target is −1."""
+    loss = torch.logsumexp(logits_TV, -1) - logits_TV.gather(1, targets_T.clamp(min=0)[:, None])[:, 0]
+    return loss.masked_fill(targets_T < 0, math.nan)
