@@ -6,6 +6,8 @@ the file can be written with O_DIRECT and mapped into memory; gaps between chunk
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 from collections.abc import Sequence
@@ -69,6 +71,7 @@ class ShardWriter:
         self._codec = None if level is None else Zstd(level=level, checksum=False)
         self._index = np.full((prod(self.grid), 2), MISSING, np.uint64)
         self._end = 0
+        self._crc = 0
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._direct = False
         if direct and hasattr(os, "O_DIRECT"):
@@ -91,25 +94,33 @@ class ShardWriter:
         self._scratch[: len(data)] = data
         self._append(index, self._scratch, len(data))
 
-    def put_pages(self, index: Sequence[int], pages: np.ndarray, n_bytes: int) -> None:
-        """Append a chunk that already lies in a `page_buffer`, without copying it when it is stored raw."""
-        if self._codec is None:
-            self._append(index, pages, n_bytes)
-        else:
-            self.put(index, pages[:n_bytes])
+    def put_pages(self, indices: Sequence[Sequence[int]], pages: np.ndarray, n_bytes: int) -> None:
+        """Append chunks that lie in the rows of `pages` (uint8 [n, whole pages]), raw ones without copying them."""
+        if self._codec is not None:
+            for index, row in zip(indices, pages, strict=True):
+                self.put(index, row[:n_bytes])
+            return
+        for index, row in zip(indices, pages, strict=True):
+            self._seal(index, row, n_bytes, self._end)
+            self._end += pages.shape[1]
+        self._write(pages.reshape(-1), self._end - pages.size)
 
-    def commit(self) -> int:
-        """Write the index, cut the file to its exact length, fsync and close; return the length in bytes."""
+    def commit(self) -> tuple[int, int]:
+        """Write the index, cut the file to its exact length, fsync and close.
+
+        Returns the length in bytes and the CRC32C of the whole file.
+        """
         tail = encode_index(self._index)
         pages = page_buffer(len(tail))
         pages[: len(tail)] = np.frombuffer(tail, np.uint8)
-        self._write(pages[: round_up(len(tail))])
+        crc = int(google_crc32c.extend(self._crc, bytes(tail)))
+        self._write(pages[: round_up(len(tail))], self._end)
         length = self._end + len(tail)
         os.ftruncate(self._file, length)
         os.fsync(self._file)
         os.close(self._file)
         self._file = -1
-        return length
+        return length, crc
 
     def discard(self) -> None:
         """Close and delete the temporary file."""
@@ -119,24 +130,29 @@ class ShardWriter:
         self.path.unlink(missing_ok=True)
 
     def _append(self, index: Sequence[int], pages: np.ndarray, n_bytes: int) -> None:
+        padded = round_up(n_bytes + CRC_BYTES)
+        self._seal(index, pages[:padded], n_bytes, self._end)
+        self._end += padded
+        self._write(pages[:padded], self._end - padded)
+
+    def _seal(self, index: Sequence[int], row: np.ndarray, n_bytes: int, offset: int) -> None:
+        """Note where a chunk goes, and put its checksum and zeros behind it."""
         flat = int(np.ravel_multi_index(tuple(index), self.grid))
         if self._index[flat, 0] != MISSING:
             raise ValueError(f"chunk {tuple(index)} of {self.path.name} was written twice; each chunk is put once")
         stored = n_bytes + CRC_BYTES
-        pages[n_bytes:stored] = np.frombuffer(crc32c(pages[:n_bytes]), np.uint8)
-        padded = round_up(stored)
-        pages[stored:padded] = 0
-        self._write(pages[:padded])
-        self._index[flat] = (self._end, stored)
-        self._end += padded
+        row[n_bytes:stored] = np.frombuffer(crc32c(row[:n_bytes]), np.uint8)
+        row[stored:] = 0
+        self._index[flat] = (offset, stored)
+        self._crc = int(google_crc32c.extend(self._crc, row))
 
-    def _write(self, pages: np.ndarray) -> None:
-        view, offset = memoryview(pages.data), self._end
+    def _write(self, pages: np.ndarray, offset: int) -> None:
+        view = memoryview(pages.data)
         while view:
             try:
                 written = os.pwrite(self._file, view, offset)
             except OSError as error:
-                if not self._direct or error.errno != 22:
+                if not self._direct or error.errno != errno.EINVAL:
                     raise
                 self._leave_direct()
                 continue
@@ -146,8 +162,6 @@ class ShardWriter:
                 self._leave_direct()
 
     def _leave_direct(self) -> None:
-        import fcntl
-
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self._direct = False

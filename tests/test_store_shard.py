@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -50,8 +51,9 @@ def test_zarr_reads_what_we_wrote(tmp_path_factory, grid, dtype, level, direct, 
         data = rng.integers(-1000, 1000, chunk).astype(dtype)
         expected[tuple(slice(p * c, (p + 1) * c) for p, c in zip(place, chunk, strict=True))] = data
         writer.put(place, data)
-    length = writer.commit()
+    length, crc = writer.commit()
     assert path.stat().st_size == length
+    assert google_crc32c.value(path.read_bytes()) == crc
     np.testing.assert_array_equal(array[:], expected)
 
 

@@ -1,0 +1,71 @@
+"""Durable file operations: what has been committed survives a crash, and nothing half-written carries a final name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_directories(path: Path) -> list[Path]:
+    """Create a directory with its ancestors; return the existing directories that got a new entry, to be synced."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+    return [directory.parent for directory in missing]
+
+
+def write_temporary(path: Path, data: bytes) -> None:
+    """Write and fsync a file under a temporary name."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: Path, data: bytes, temporary: Path) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename, fsync of the directories."""
+    parents = make_directories(path.parent)
+    make_directories(temporary.parent)
+    write_temporary(temporary, data)
+    os.replace(temporary, path)
+    for directory in {path.parent, *parents}:
+        sync_directory(directory)
+
+
+def create_durably(path: Path, data: bytes, temporary: Path) -> bool:
+    """Write a file unless it exists; return whether this call made it."""
+    parents = make_directories(path.parent)
+    make_directories(temporary.parent)
+    write_temporary(temporary, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    for directory in {path.parent, *parents}:
+        sync_directory(directory)
+    return True
+
+
+def to_json(value: Any) -> bytes:
+    """Serialise JSON the same way every time: sorted keys, two spaces, a final line end."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -1,0 +1,224 @@
+"""Where every value of a run lies: array specifications, shard and chunk shapes, and their Zarr v3 metadata."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from headwater.store.shard import CRC_BYTES, round_up
+
+LEADING = ("depth", "layer")
+CODECS = {"none": None, "zstd-1": 1, "zstd-3": 3}
+LAYER_BYTES = 8 << 20
+SHARD_BYTES = 128 << 20
+CHUNK_BYTES = 3 << 20
+HEAD_TILE_BYTES = 96 << 10
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a run.
+
+    `shard` is the shape of a file and `chunk` that of an inner chunk; both cover at least the array along every
+    dimension but the sequence. `codec` is a key of CODECS; `fill` is what reads where nothing was written.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+    codec: str
+    fill: float
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def axis(self) -> str | None:
+        """The leading dimension `depth` or `layer`, None for arrays that begin with the sequence."""
+        return self.dims[0] if self.dims[0] in LEADING else None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Inner chunks of a shard along each dimension."""
+        return tuple(-(-s // c) for s, c in zip(self.shard, self.chunk, strict=True))
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the array is a square of causal tiles."""
+        return self.dims[-2:] == ("query", "key")
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an inner chunk before its codec."""
+        return prod(self.chunk) * np.dtype(self.dtype).itemsize
+
+    @property
+    def sequences_per_shard(self) -> int:
+        return self.shard[0 if self.axis is None else 1]
+
+    @property
+    def sequences_per_chunk(self) -> int:
+        return self.chunk[0 if self.axis is None else 1]
+
+    @property
+    def layers_per_shard(self) -> int:
+        return 1 if self.axis is None else self.shard[0]
+
+    def shard_path(self, axis_shard: int, sequence_shard: int) -> str:
+        """Return a shard's path inside the run, such as `resid/c/3/0/0/0`."""
+        lead = [] if self.axis is None else [axis_shard]
+        rest = [0] * (len(self.dims) - len(lead) - 1)
+        return "/".join(map(str, [self.name, "c", *lead, sequence_shard, *rest]))
+
+    def block_shards(self, first: int, last: int) -> list[str]:
+        """List the shards that hold sequences [first, last)."""
+        n_axis = 1 if self.axis is None else -(-self.shape[0] // self.shard[0])
+        per = self.sequences_per_shard
+        return [self.shard_path(a, s) for a in range(n_axis) for s in range(first // per, -(-last // per))]
+
+    def n_tiles(self) -> int:
+        """Causal tiles of one head: the lower triangle of the tile grid."""
+        side = -(-self.shape[-1] // self.chunk[-1])
+        return side * (side + 1) // 2
+
+    def stored_bytes(self, n_sequences: int) -> int:
+        """Bytes on disk of `n_sequences`, before a codec, with alignment; the shard indexes are left out."""
+        lead = 1 if self.axis is None else self.shape[0]
+        per_chunk = round_up(self.chunk_bytes + CRC_BYTES)
+        if self.tiled:
+            return lead * n_sequences * -(-self.shape[2] // self.chunk[2]) * self.n_tiles() * per_chunk
+        rest = prod(self.grid[(1 if self.axis is None else 2) :])
+        return lead * -(-n_sequences // self.sequences_per_chunk) * rest * per_chunk
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the array's zarr.json."""
+        inner = [_BYTES, *_zstd(CODECS[self.codec]), _CRC32C]
+        sharding = {"chunk_shape": list(self.chunk), "codecs": inner, "index_codecs": [_BYTES, _CRC32C],
+                    "index_location": "end"}
+        codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+        return array_metadata(self.shape, self.dtype, self.shard, codecs, self.fill, self.dims, self.attributes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the specification as JSON values; NaN becomes null."""
+        raw = asdict(self)
+        raw["fill"] = None if math.isnan(self.fill) else self.fill
+        return raw
+
+    @staticmethod
+    def from_json(raw: Mapping[str, Any]) -> ArraySpec:
+        """Read what `to_json` gave."""
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        values["fill"] = math.nan if raw["fill"] is None else raw["fill"]
+        return ArraySpec(**values)
+
+
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC32C = {"name": "crc32c"}
+
+
+def _zstd(level: int | None) -> list[dict[str, Any]]:
+    return [] if level is None else [{"name": "zstd", "configuration": {"level": level, "checksum": False}}]
+
+
+def array_metadata(
+    shape: Sequence[int],
+    dtype: str,
+    chunk: Sequence[int],
+    codecs: list[dict[str, Any]] | None,
+    fill: float,
+    dims: Sequence[str],
+    attributes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return a Zarr v3 zarr.json; without `codecs`, plain chunks with a checksum."""
+    value: Any = fill
+    if np.dtype(dtype).kind == "f":
+        value = "NaN" if math.isnan(fill) else float(fill)
+    elif dtype == "bool":
+        value = bool(fill)
+    plain = [_BYTES if np.dtype(dtype).itemsize > 1 else {"name": "bytes"}, _CRC32C]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": value,
+        "codecs": codecs or plain,
+        "attributes": dict(attributes),
+        "dimension_names": list(dims),
+        "storage_transformers": [],
+    }
+
+
+def tile_edge(n_positions: int) -> int:
+    """Choose the edge of the causal tiles: T up to 256, else the largest of 256, 128, 64 whose stored size is within
+    1.2 × of the smallest (300 → 64, 512 and 1024 → 256)."""
+    if n_positions <= 256:
+        return n_positions
+
+    def stored(edge: int) -> int:
+        side = -(-n_positions // edge)
+        return side * (side + 1) // 2 * edge * edge
+
+    smallest = min(map(stored, (256, 128, 64)))
+    return next(edge for edge in (256, 128, 64) if stored(edge) <= 1.2 * smallest)
+
+
+def make_spec(
+    name: str,
+    dims: tuple[str, ...],
+    sizes: Mapping[str, int],
+    dtype: str,
+    codec: str,
+    fill: float,
+    block: int,
+    attributes: Mapping[str, Any],
+) -> ArraySpec:
+    """Choose shard and chunk shapes of an array; `sizes` gives the length of every dimension, `block` of a block.
+
+    A shard holds all layers where one layer's part of a block is under 8 MiB, else one layer; and the largest share of
+    a block (halved from the whole) that stays within 128 MiB.
+    """
+    shape = tuple(sizes[d] for d in dims)
+    lead = 1 if dims[0] in LEADING else 0
+    chunk_rest, shard_rest, per_sequence = _rest(dims[lead + 1 :], shape[lead + 1 :], np.dtype(dtype).itemsize)
+    n_lead = shape[0] if lead and per_sequence * block < LAYER_BYTES else 1
+    per_shard = _halve(block, SHARD_BYTES // max(per_sequence * n_lead, 1))
+    tiled = dims[-2:] == ("query", "key")
+    per_chunk = 1 if tiled else _halve(per_shard, CHUNK_BYTES // max(per_sequence, 1))
+    return ArraySpec(
+        name, dims, shape, dtype,
+        (1,) * lead + (per_chunk, *chunk_rest), (n_lead,) * lead + (per_shard, *shard_rest),
+        codec, fill, dict(attributes),
+    )  # fmt: skip
+
+
+def _halve(whole: int, limit: int) -> int:
+    """Halve `whole` until it is within `limit`, down to 1."""
+    while whole > max(limit, 1):
+        whole //= 2
+    return whole
+
+
+def _rest(
+    dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Return chunk and shard shape behind the sequence, and the bytes of one sequence."""
+    if dims[-2:] == ("query", "key"):
+        n_head, edge = shape[0], tile_edge(shape[-1])
+        heads = next(h for h in range(1, n_head + 1)
+                     if n_head % h == 0 and (h == n_head or h * edge * edge * itemsize >= HEAD_TILE_BYTES))
+        side = -(-shape[-1] // edge)
+        stored = n_head * side * (side + 1) // 2 * edge * edge * itemsize
+        return (heads, edge, edge), (n_head, side * edge, side * edge), stored
+    row = prod(shape[1:]) * itemsize
+    parts = 1 if dims[0] == "head" else -(-row * shape[0] // CHUNK_BYTES)
+    step = shape[0] if parts == 1 else -(-shape[0] // parts // 16) * 16 or 16
+    return (step, *shape[1:]), (-(-shape[0] // step) * step, *shape[1:]), row * shape[0]

@@ -1,0 +1,74 @@
+"""One run, one driver: an advisory lock on the run that names its holder and dies with it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from headwater.store.files import make_directories
+from headwater.store.writer import INTERNAL
+
+
+class LockedError(RuntimeError):
+    """Another process is writing to the run; the message names it."""
+
+
+@contextmanager
+def hold(run: Path) -> Iterator[None]:
+    """Hold the run's lock; raise LockedError with the first holder's name where it is taken."""
+    path = run / INTERNAL / "lock"
+    make_directories(path.parent)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockedError(f"{run} is being written by {_holder(path)}. One run has one writer: wait for it, or "
+                              "stop it and run this command again.") from None
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")}
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(me).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _holder(path: Path) -> str:
+    try:
+        raw = json.loads(path.read_bytes())
+        return f"process {raw['pid']} on {raw['host']} since {raw['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def probe(run: Path) -> None:
+    """Try on the target what the run's promise rests on: rename, directory fsync, hard links.
+
+    Raises RunError-like OSError with the operation's name where one is refused.
+    """
+    folder = run / INTERNAL / "tmp"
+    make_directories(folder)
+    first, second, third = (folder / f"probe-{os.getpid()}-{i}" for i in range(3))
+    operation = "create a file"
+    try:
+        first.write_bytes(b"headwater")
+        operation = "rename a file"
+        os.replace(first, second)
+        operation = "fsync a directory"
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(handle)
+        os.close(handle)
+        operation = "make a hard link"
+        os.link(second, third)
+    except OSError as error:
+        raise OSError(error.errno, f"{run} cannot hold a run: the file system refuses to {operation} "
+                      f"({error.strerror}). Choose another directory for --out") from error
+    finally:
+        for path in (first, second, third):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,196 @@
+"""What a run is: its manifest, its Zarr metadata and the arrays that are known before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from headwater.store.files import make_directories, sync_directory, to_json, write_durably, write_temporary
+from headwater.store.layout import ArraySpec, array_metadata
+from headwater.store.shard import crc32c
+from headwater.store.writer import INTERNAL
+
+FORMAT_VERSION = 1
+PLAIN_CHUNK_BYTES = 4 << 20
+
+
+class RunError(ValueError):
+    """A directory is not a run, or not one that can be used as asked; the message says what to do next."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The run's constant description, `headwater/manifest.json`; its presence commits stage 0.
+
+    `config` is the canonical configuration that `fingerprint` covers, together with the weights' and tokens' digests;
+    `model`, `text` and `made_by` describe origin and processor; `statics` maps every file that is written once to
+    [bytes, CRC32C].
+    """
+
+    fingerprint: str
+    config: dict[str, Any]
+    model: dict[str, Any]
+    text: dict[str, Any]
+    made_by: dict[str, Any]
+    n_sequences: int
+    n_positions: int
+    block: int
+    micro: int
+    arrays: tuple[ArraySpec, ...]
+    statics: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_sequences // self.block)
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Return the sequences [first, last) of a block."""
+        return block * self.block, min((block + 1) * self.block, self.n_sequences)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON values."""
+        raw = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        raw["arrays"] = [spec.to_json() for spec in self.arrays]
+        return raw | {"format": "headwater-run", "format_version": FORMAT_VERSION}
+
+
+def manifest_path(run: Path) -> Path:
+    return run / INTERNAL / "manifest.json"
+
+
+def read_manifest(run: Path) -> Manifest:
+    """Read a run's manifest; raise RunError where there is none, or one of another version."""
+    path = manifest_path(run)
+    if not run.is_dir():
+        raise RunError(f"there is no run at {run}: no such directory. Check the path, or make one with "
+                       "`headwater extract --out`.")
+    try:
+        raw = json.loads(path.read_bytes())
+        version = raw.pop("format_version")
+        del raw["format"]
+    except FileNotFoundError:
+        raise RunError(f"{run} is not a Headwater run, or its text was never committed: {path} does not exist. Check "
+                       "the path, or run `headwater extract` again with the same arguments.") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise RunError(f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
+                       "copy, or extract the run anew.") from error
+    if version != FORMAT_VERSION:
+        raise RunError(f"{run} has format version {version}; this Headwater reads version {FORMAT_VERSION}. Use the "
+                       f"Headwater that made it ({raw.get('made_by', {}).get('headwater', 'unknown')}).")
+    raw["arrays"] = tuple(ArraySpec.from_json(spec) for spec in raw["arrays"])
+    return Manifest(**raw)
+
+
+def write_manifest(run: Path, manifest: Manifest) -> None:
+    """Commit stage 0."""
+    write_durably(manifest_path(run), to_json(manifest.to_json()), run / INTERNAL / "tmp" / "manifest.json")
+
+
+class PlainArray:
+    """An array over sequences that is written once, chunk by chunk, before the run's length is known."""
+
+    def __init__(
+        self, run: Path, name: str, dtype: str, dims: tuple[str, ...], tail: tuple[int, ...] = (), fill: float = -1,
+        chunk: int | None = None,
+    ) -> None:
+        row = int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
+        self.run, self.name, self.dtype, self.dims, self.tail, self.fill = run, name, dtype, dims, tail, fill
+        self.chunk = chunk or max(PLAIN_CHUNK_BYTES // row, 1)
+        self.n, self.digest = 0, hashlib.sha256()
+        self.statics: dict[str, list[int]] = {}
+        self.attributes: dict[str, Any] = {}
+        self._parts: list[np.ndarray] = []
+        self._held = 0
+
+    def append(self, values: np.ndarray) -> None:
+        """Add rows [n, *tail]; whole chunks go to disk."""
+        values = np.ascontiguousarray(values, self.dtype)
+        self.digest.update(values.tobytes())
+        self.n += len(values)
+        self._parts.append(values)
+        self._held += len(values)
+        while self._held >= self.chunk:
+            rows = np.concatenate(self._parts)
+            self._write((self.n - self._held) // self.chunk, rows[: self.chunk])
+            self._parts, self._held = [rows[self.chunk :]], self._held - self.chunk
+
+    def close(self) -> dict[str, Any]:
+        """Write the last chunk, padded with the fill value; return the array's zarr.json."""
+        if self._held:
+            rows = np.full((self.chunk, *self.tail), self.fill, self.dtype)
+            rows[: self._held] = np.concatenate(self._parts)
+            self._write((self.n - self._held) // self.chunk, rows)
+        shape = (self.n, *self.tail)
+        return array_metadata(shape, self.dtype, (self.chunk, *self.tail), None, self.fill, self.dims, self.attributes)
+
+    def _write(self, index: int, rows: np.ndarray) -> None:
+        path = "/".join(map(str, [self.name, "c", index, *(0 for _ in self.tail)]))
+        raw = rows.tobytes()
+        write_static(self.run, path, raw + crc32c(raw), self.statics)
+
+
+def write_static(run: Path, path: str, data: bytes, statics: dict[str, list[int]]) -> None:
+    """Write one of the files that never change and note its length and checksum in `statics`."""
+    final = run / path
+    parents = make_directories(final.parent)
+    write_temporary(final, data)
+    for directory in {final.parent, *parents}:
+        sync_directory(directory)
+    statics[path] = [len(data), int(google_crc32c.value(data))]
+
+
+def write_metadata(
+    run: Path, arrays: Mapping[str, dict[str, Any]], attributes: Mapping[str, Any], statics: dict[str, list[int]]
+) -> None:
+    """Write every zarr.json: the arrays' own, then the root group's with all of them consolidated."""
+    for name, metadata in arrays.items():
+        write_static(run, f"{name}/zarr.json", to_json(metadata), statics)
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": dict(sorted(arrays.items()))}
+    root = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes),
+            "consolidated_metadata": consolidated}
+    write_static(run, "zarr.json", to_json(root), statics)
+
+
+def write_coordinate(
+    run: Path, name: str, dim: str, values: Iterable[float], statics: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Write a one-dimensional coordinate in one chunk; return its zarr.json."""
+    data = np.asarray(list(values))
+    data = data.astype("int64" if data.dtype.kind == "i" else "float64")
+    raw = data.tobytes()
+    write_static(run, f"{name}/c/0", raw + crc32c(raw), statics)
+    fill = float("nan") if data.dtype.kind == "f" else -1
+    return array_metadata(data.shape, data.dtype.name, data.shape, None, fill, (dim,), {})
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what an interrupted stage 0 left; refuse a directory that holds anything else."""
+    if not run.exists():
+        return
+    if not run.is_dir():
+        raise RunError(f"--out {run} is a file; name a directory that does not exist yet, or a run to resume.")
+    marker = run / INTERNAL / "unfinished"
+    if not marker.exists():
+        others = [item.name for item in os.scandir(run) if item.name != INTERNAL]
+        if others:
+            raise RunError(f"--out {run} is not empty and not a Headwater run (it holds {others[0]!r}). Name a new "
+                           "directory; Headwater writes only into its own.")
+        return
+    import shutil
+
+    for item in list(run.iterdir()):
+        if item.name != INTERNAL:
+            shutil.rmtree(item) if item.is_dir() else item.unlink()
+
+
+def mark_unfinished(run: Path) -> None:
+    """Note that this directory is ours while stage 0 is under way."""
+    write_durably(run / INTERNAL / "unfinished", b"", run / INTERNAL / "tmp" / "unfinished")

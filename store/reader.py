@@ -1,0 +1,196 @@
+"""Read a run: named slices, blocks, xarray. Uncompressed shards are mapped into memory and not copied."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numcodecs.zstd import Zstd
+
+from headwater.store.layout import CODECS, ArraySpec
+from headwater.store.ledger import Ledger
+from headwater.store.manifest import Manifest, RunError, read_manifest
+from headwater.store.shard import CRC_BYTES, MISSING, crc32c, decode_index
+
+OPEN_SHARDS = 64
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a run for reading, whole or half done; raise RunError where there is none."""
+    return Run(Path(path))
+
+
+class Run:
+    """A run on disk. `run["resid"][4, 0]` gives numpy values; `run.to_xarray()` a dataset.
+
+    What was not captured yet reads as the array's fill value (NaN, −1); `run.complete` says which sequences are there.
+    Raw values are read through memory maps, without their checksums: `headwater verify` checks those.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self.ledger = Ledger(path, self.manifest.fingerprint)
+        self._specs = {spec.name: spec for spec in self.manifest.arrays}
+        self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        return (f"<headwater.Run {self.path}: {m.n_sequences} sequences of {m.n_positions} positions, "
+                f"{int(self.complete.sum())} complete, sites {', '.join(self.sites)}>")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the captured arrays."""
+        return tuple(self._specs)
+
+    @property
+    def complete(self) -> np.ndarray:
+        """bool [sequence]: whether a sequence is captured."""
+        return self.plain("complete")
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [sequence, position]."""
+        return self.plain("tokens")
+
+    def plain(self, name: str) -> np.ndarray:
+        """Read one of the small arrays whole: tokens, length, row_start, complete, labels, coordinates."""
+        import zarr
+
+        if not (self.path / name / "zarr.json").is_file():
+            raise RunError(f"{self.path} has no array {name!r}.")
+        return np.asarray(zarr.open_array(self.path / name, mode="r")[...])
+
+    def spec(self, name: str) -> ArraySpec:
+        """Return the specification of a captured array; raise RunError with what there is."""
+        if name not in self._specs:
+            raise RunError(f"{self.path} has no {name!r}; it holds {', '.join(self._specs)}. Extract a run with "
+                           f"--sites {name}.")
+        return self._specs[name]
+
+    def __getitem__(self, name: str) -> RunArray:
+        return RunArray(self, self.spec(name))
+
+    def leads(self, name: str) -> list[int]:
+        """Return the layers (or depths) that an array holds, in order; [0] for an array without that dimension."""
+        axis = self.spec(name).axis
+        return [0] if axis is None else [int(i) for i in self.plain(axis)]
+
+    def blocks(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (block, first, last) for every committed block."""
+        for block in self.ledger.committed():
+            yield (block, *self.manifest.block_range(block))
+
+    def to_xarray(self) -> Any:
+        """Open the run as an xarray dataset; values are read when they are used."""
+        import xarray
+
+        return xarray.open_zarr(self.path, chunks=None)
+
+    def _open_shard(self, path: str, n_chunks: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Map a shard: its bytes (uint8) and its index [chunk, (offset, bytes)]."""
+        try:
+            with (self.path / path).open("rb") as file:
+                data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(f"{self.path / path} is empty. Run `headwater verify --repair {self.path}`.") from error
+        try:
+            return data, decode_index(data[-(16 * n_chunks + CRC_BYTES) :].tobytes(), n_chunks)
+        except ValueError as error:
+            raise RunError(f"{self.path / path}: {error}. Run `headwater verify --repair {self.path}`, then extract "
+                           "again.") from error
+
+
+class RunArray:
+    """One array of a run: `shape`, `dims`, `dtype`, and basic indexing that returns numpy arrays.
+
+    A selection inside one raw chunk is a read-only view of the file; anything else is copied.
+    """
+
+    def __init__(self, run: Run, spec: ArraySpec) -> None:
+        self._run = run
+        self.spec = spec
+        self.name, self.dims, self.shape = spec.name, spec.dims, spec.shape
+        self.dtype = np.dtype(spec.dtype)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{d}: {n}" for d, n in zip(self.dims, self.shape, strict=True))
+        return f"<headwater.RunArray {self.name} ({sizes}) {self.dtype}>"
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        ranges, dropped = self._ranges(key)
+        chunks = [range(r.start // c, -(-r.stop // c)) if len(r) else range(0)
+                  for r, c in zip(ranges, self.spec.chunk, strict=True)]
+        if all(len(c) == 1 for c in chunks):
+            place = tuple(c[0] for c in chunks)
+            data = self._chunk(place)
+            inside = tuple(slice(r.start - p * c, r.stop - p * c)
+                           for r, p, c in zip(ranges, place, self.spec.chunk, strict=True))
+            out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype) if data is None else data[inside]
+        else:
+            out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype)
+            for place in np.ndindex(*map(len, chunks)):
+                self._copy(tuple(c[i] for c, i in zip(chunks, place, strict=True)), ranges, out)
+        return out[tuple(0 if d else slice(None) for d in dropped)]
+
+    def _copy(self, place: tuple[int, ...], ranges: list[range], out: np.ndarray) -> None:
+        data = self._chunk(place)
+        if data is None:
+            return
+        source, target = [], []
+        for p, c, r in zip(place, self.spec.chunk, ranges, strict=True):
+            low, high = max(r.start, p * c), min(r.stop, (p + 1) * c)
+            source.append(slice(low - p * c, high - p * c))
+            target.append(slice(low - r.start, high - r.start))
+        out[tuple(target)] = data[tuple(source)]
+
+    def _chunk(self, place: tuple[int, ...]) -> np.ndarray | None:
+        spec = self.spec
+        shard = [p // g for p, g in zip(place, spec.grid, strict=True)]
+        path = spec.shard_path(shard[0], shard[1]) if spec.axis else spec.shard_path(0, shard[0])
+        opened = self._run._shard(path, int(np.prod(spec.grid)))
+        if opened is None:
+            return None
+        data, index = opened
+        inside = [p % g for p, g in zip(place, spec.grid, strict=True)]
+        offset, n_bytes = (int(x) for x in index[np.ravel_multi_index(inside, spec.grid)])
+        if offset == MISSING:
+            return None
+        raw = data[offset : offset + n_bytes - CRC_BYTES]
+        if CODECS[spec.codec] is not None:
+            if crc32c(raw) != data[offset + n_bytes - CRC_BYTES : offset + n_bytes].tobytes():
+                raise RunError(f"{self._run.path / path}: chunk {tuple(inside)} does not match its checksum. Run "
+                               f"`headwater verify --repair {self._run.path}`, then extract again.")
+            raw = np.frombuffer(Zstd().decode(raw), np.uint8)
+        return raw.view(self.dtype).reshape(spec.chunk)
+
+    def _ranges(self, key: Any) -> tuple[list[range], list[bool]]:
+        parts = list(key) if isinstance(key, tuple) else [key]
+        if Ellipsis in parts:
+            at = parts.index(Ellipsis)
+            parts[at : at + 1] = [slice(None)] * (len(self.shape) - len(parts) + 1)
+        parts += [slice(None)] * (len(self.shape) - len(parts))
+        if len(parts) > len(self.shape):
+            raise IndexError(f"{self.name} has {len(self.shape)} dimensions {self.dims}; got {len(parts)} indices")
+        ranges, dropped = [], []
+        for part, size, dim in zip(parts, self.shape, self.dims, strict=True):
+            if isinstance(part, slice):
+                chosen = range(size)[part]
+                if chosen.step != 1:
+                    raise IndexError(f"{self.name}: step {chosen.step} along {dim}; only whole ranges can be read, "
+                                     "take every n-th value of the result")
+                ranges.append(chosen)
+            else:
+                index = int(part)
+                if not -size <= index < size:
+                    raise IndexError(f"{self.name}: index {index} is out of range along {dim}, which has {size}")
+                ranges.append(range(index % size, index % size + 1))
+            dropped.append(not isinstance(part, slice))
+        return ranges, dropped

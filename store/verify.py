@@ -1,0 +1,116 @@
+"""Check a run against its ledger and manifest, byte by byte, and uncommit what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import google_crc32c
+
+from headwater.store.files import sync_directory
+from headwater.store.ledger import Entry, LedgerError
+from headwater.store.reader import Run
+from headwater.store.shard import CRC_BYTES, decode_index
+
+READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was committed: a path in the run, what is wrong, and the block it belongs to."""
+
+    path: str
+    what: str
+    block: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found: blocks in the plan and in the ledger, files and bytes read, and the problems."""
+
+    n_blocks: int
+    n_committed: int
+    n_files: int
+    n_bytes: int
+    problems: tuple[Problem, ...]
+
+
+def verify(run: Run, quick: bool = False, workers: int = 1, progress: Callable[[int], None] | None = None) -> Report:
+    """Compare every file of the run with its recorded length and checksum.
+
+    `quick` looks only at lengths and shard indexes. A shard that no entry of the ledger names is not looked at: it
+    belongs to a block that is not committed, and resume writes it again.
+    """
+    problems: list[Problem] = []
+    entries = list(_entries(run, problems))
+    jobs = [(path, size, crc, None) for path, (size, crc) in run.manifest.statics.items()]
+    jobs += [(path, size, crc, e.block) for e in entries for path, (size, crc) in e.files.items()]
+    for entry in entries:
+        first, last = run.manifest.block_range(entry.block)
+        expected = {path for spec in run.manifest.arrays for path in spec.block_shards(first, last)}
+        problems += [Problem(path, "is not in the ledger entry of its block", entry.block)
+                     for path in sorted(expected - entry.files.keys())]
+    grids = {spec.name: prod(spec.grid) for spec in run.manifest.arrays}
+
+    def check(job: tuple[str, int, int, int | None]) -> tuple[int, Problem | None]:
+        path, size, crc, block = job
+        what = _check_file(run.path / path, size, crc, grids.get(path.split("/")[0], 0) if block is not None else 0, quick)
+        if progress is not None:
+            progress(size)
+        return size, None if what is None else Problem(path, what, block)
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(check, jobs))
+    problems += [problem for _, problem in results if problem is not None]
+    n_bytes = sum(size for size, _ in results)
+    return Report(run.manifest.n_blocks, len(run.ledger.committed()), len(jobs), n_bytes, tuple(problems))
+
+
+def repair(run: Run, report: Report) -> list[int]:
+    """Uncommit every block with a problem, so that resume computes it again; return those blocks."""
+    blocks = sorted({p.block for p in report.problems if p.block is not None})
+    for block in blocks:
+        chunk = run.path / "complete" / "c" / str(block)
+        if chunk.exists():
+            chunk.unlink()
+            sync_directory(chunk.parent)
+        run.ledger.remove(block)
+    return blocks
+
+
+def _entries(run: Run, problems: list[Problem]) -> Iterator[Entry]:
+    for block, path in run.ledger.committed().items():
+        try:
+            entry = run.ledger.read(path, block)
+        except LedgerError as error:
+            problems.append(Problem(str(path.relative_to(run.path)), str(error), block))
+            continue
+        if block >= run.manifest.n_blocks:
+            problems.append(Problem(str(path.relative_to(run.path)), "names a block that the plan does not have", block))
+            continue
+        yield entry
+
+
+def _check_file(path: Path, size: int, crc: int, n_chunks: int, quick: bool) -> str | None:
+    """Return what is wrong with a file, or None."""
+    try:
+        found = path.stat().st_size
+        if found != size:
+            return f"has {found} bytes, expected {size}"
+        with path.open("rb") as file:
+            if quick:
+                if n_chunks:
+                    file.seek(size - 16 * n_chunks - CRC_BYTES)
+                    decode_index(file.read(), n_chunks)
+                return None
+            actual = 0
+            while part := file.read(READ_BYTES):
+                actual = google_crc32c.extend(actual, part)
+            return None if actual == crc else "does not match its checksum"
+    except FileNotFoundError:
+        return "is missing"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {error}"
