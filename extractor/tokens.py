@@ -1,0 +1,380 @@
+"""Lay the tokens of documents into rows of equal length, so that every token can be traced to where it stood.
+
+Position t sees the keys row_start[t] to t, and its position embedding is t - row_start[t]. At padding, left or right,
+the token is -1 and row_start[t] is t + 1: an empty attention row.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from headwater.extractor.texts import Document
+from headwater.extractor.tokenizer import GROUP_CHARS, PIECE_CHARS, Tokenizer, encode_documents
+
+PADDING = -1
+ROWS_PER_BATCH = 256
+DOCUMENTS_PER_GROUP = 1 << 16
+COLUMNS = (("document", pa.int64()), ("source", pa.string()), ("row", pa.int64()), ("n_tokens", pa.int64()),
+           ("complete", pa.bool_()))
+INT64_MAX = 2**63 - 1
+MISSING = {pa.int64(): ("int64", -1), pa.float64(): ("float64", np.nan), pa.string(): ("int32", -1)}
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """At most 256 rows of T positions.
+
+    tokens int32 [n, T], -1 at padding; length int32 [n], the index after the last real token; row_start int32 [n, T];
+    document int64 [n], the number of the row's first document; offset int64 [n], the index in that document of the
+    row's first token after `Packing.row_lead`, -1 where that is the document's own beginning-of-text token.
+    """
+
+    tokens: np.ndarray
+    length: np.ndarray
+    row_start: np.ndarray
+    document: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How documents become rows of `seq_len` tokens.
+
+    "pack" joins documents, each followed by `eot`, which belongs to it, and cuts rows of exactly `seq_len`; only the
+    last one may be shorter. With `across_documents`, attention and positions run through the row and `bos` stands at
+    the start of each row; without, they begin anew with each document and `bos` stands at the start of each document
+    (a row that continues a document has none). "document" gives each document one row, `bos` first, cut at `seq_len`,
+    without `eot`. Raises ValueError for what cannot be laid out.
+    """
+
+    seq_len: int
+    mode: str = "pack"
+    across_documents: bool = True
+    bos: int | None = None
+    eot: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pack", "document"):
+            raise ValueError(f"mode is {self.mode!r}; expected 'pack' or 'document'.")
+        if self.seq_len < (least := 1 if self.bos is None else 2):
+            raise ValueError(f"seq_len is {self.seq_len}; expected at least {least}, room for a token"
+                             f"{' after the beginning-of-text token' if least == 2 else ''}.")
+
+    @property
+    def row_lead(self) -> int:
+        """Count the tokens in a row before those of documents."""
+        return int(self.bos is not None and self.mode == "pack" and self.across_documents)
+
+    @property
+    def document_lead(self) -> int:
+        """Count the tokens before a document's own."""
+        return int(self.bos is not None) - self.row_lead
+
+    @property
+    def document_tail(self) -> int:
+        """Count the tokens after a document's own."""
+        return int(self.eot is not None and self.mode == "pack")
+
+
+class LabelColumn(NamedTuple):
+    """A label of each row: int64 (-1 missing), float64 (NaN missing), or int32 codes into categories (-1 missing)."""
+
+    values: np.ndarray
+    categories: dict[str, int] | None
+
+
+class Origin(NamedTuple):
+    """Where a token stood: document, index in it (-1 for `bos`, its n_tokens for `eot`), file and row of the file."""
+
+    document: int
+    offset: int
+    source: str
+    row: int
+
+
+def trace(documents: pa.Table, packing: Packing, document: int, offset: int, position: int) -> Origin:
+    """Find the origin of the token at `position` of a row that starts at `offset` of `document`.
+
+    `documents` is the table in a `DocumentWriter`'s file. Raises ValueError past the end of the text.
+    """
+    n_tokens, start = documents["n_tokens"], offset
+    offset = -1 if packing.row_lead and position == 0 else offset + position - packing.row_lead
+    while document < len(n_tokens) and offset >= (end := n_tokens[document].as_py() + packing.document_tail):
+        offset -= end + packing.document_lead
+        document = document + 1 if packing.mode == "pack" else len(n_tokens)
+    if document >= len(n_tokens) or position < 0:
+        raise ValueError(f"position {position} of a row that starts at token {start} of its document lies outside the "
+                         "text; expected a position from 0 to below the row's length.")
+    return Origin(document, offset, documents["source"][document].as_py(), documents["row"][document].as_py())
+
+
+def check_d_vocab(ids: np.ndarray, tokenizer: Tokenizer, d_vocab: int) -> None:
+    """Refuse ids of a tokenizer that the model has no embedding for."""
+    if len(ids) and (highest := int(ids.max())) >= d_vocab:
+        raise ValueError(f"the tokenizer gives id {highest} ({tokenizer.token_strings([highest])[0]!r}; its vocabulary "
+                         f"has {tokenizer.d_vocab} ids), but the model's d_vocab is {d_vocab}. Use the tokenizer that "
+                         "belongs to the model.")
+
+
+def iter_rows(
+    documents: Iterable[Document], tokenizer: Tokenizer, packing: Packing, *, d_vocab: int | None = None,
+    max_sequences: int | None = None, max_tokens: int | None = None, table: DocumentWriter | None = None,
+) -> Iterator[RowBatch]:
+    """Tokenise documents and yield their rows; documents without tokens get none and no number.
+
+    `max_tokens` counts everything up to `length`; the last row is cut to meet it exactly (but a row is never `bos`
+    alone). Documents that reach the rows are added to `table`. With `d_vocab`, ids are checked against the model.
+    """
+    _check_limit("max_sequences", max_sequences)
+    _check_limit("max_tokens", max_tokens)
+    n_ids = tokenizer.d_vocab if d_vocab is None else d_vocab
+    for name, token in (("bos", packing.bos), ("eot", packing.eot)):
+        if token is not None and not 0 <= token < n_ids:
+            raise ValueError(f"{name} is {token}; expected an id of the model, 0 to {n_ids - 1}, or None for none.")
+    lay, long_chars = (_pack, GROUP_CHARS) if packing.mode == "pack" else (_one_each, PIECE_CHARS)
+    encoded = ((document, _checked(parts, tokenizer, n_ids)) for document, parts in
+               encode_documents(documents, tokenizer, long_chars))
+    return lay(encoded, packing, max_sequences or sys.maxsize, max_tokens or sys.maxsize, table)
+
+
+def iter_token_rows(ids: np.ndarray, d_vocab: int, max_sequences: int | None = None) -> Iterator[RowBatch]:
+    """Yield rows of ready token ids, an integer array [n, T] that may be memory-mapped; row i is document i.
+
+    -1 at the left or right end of a row is padding. Raises ValueError for another dtype or shape, for ids outside 0 to
+    d_vocab - 1 and for -1 between tokens, naming the first and where it is.
+    """
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or 0 in ids.shape:
+        raise ValueError(f"token ids have dtype {ids.dtype} and shape {list(ids.shape)}; expected integers of shape "
+                         "[sequence, position], at least one of each. Save the array so.")
+    _check_limit("max_sequences", max_sequences)
+    n_rows = len(ids) if max_sequences is None else min(len(ids), max_sequences)
+    return (_token_batch(ids, d_vocab, first, min(first + ROWS_PER_BATCH, n_rows))
+            for first in range(0, n_rows, ROWS_PER_BATCH))
+
+
+def _check_limit(name: str, limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"{name} is {limit}; expected at least 1, or None to take everything.")
+
+
+def _token_batch(ids: np.ndarray, d_vocab: int, first: int, stop: int) -> RowBatch:
+    part, columns = np.asarray(ids[first:stop]), np.arange(ids.shape[1], dtype=np.int32)
+    real = part != -1
+    start, length = real.argmax(1), part.shape[1] - real[:, ::-1].argmax(1)
+    inside = (columns >= start[:, None]) & (columns < length[:, None])
+    wrong = inside & ((part < 0) | (part >= d_vocab)) | ~real.any(1)[:, None]
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        if not real[row].any():
+            raise ValueError(f"row {first + row} of the token ids is all padding (-1); expected a token. Leave it out.")
+        raise ValueError(f"token id {part[row, column]} at row {first + row}, position {column} is outside the model's "
+                         f"ids, 0 to {d_vocab - 1}; padding (-1) may stand at the ends of a row only. Use ids made by "
+                         "the model's own tokenizer.")
+    row_start = np.where(inside, start[:, None], columns + 1).astype(np.int32)
+    return RowBatch(part.astype(np.int32), length.astype(np.int32), row_start, np.arange(first, stop),
+                    np.zeros(stop - first, np.int64))
+
+
+def _checked(parts: Iterable[np.ndarray], tokenizer: Tokenizer, d_vocab: int) -> Iterator[np.ndarray]:
+    for ids in parts:
+        check_d_vocab(ids, tokenizer, d_vocab)
+        yield ids
+
+
+def _pack(
+    encoded: Iterable[tuple[Document, Iterator[np.ndarray]]], packing: Packing, max_sequences: int, max_tokens: int,
+    table: DocumentWriter | None,
+) -> Iterator[RowBatch]:
+    """Fill a buffer of 256 rows without their leads, `begin` holding the index there where a document begins."""
+    width = packing.seq_len - packing.row_lead
+    rows, rest = divmod(max_tokens, packing.seq_len)
+    left = min(max_sequences * width, rows * width + max(rest - packing.row_lead, 0))
+    size = ROWS_PER_BATCH * width
+    flat, begin = np.empty(size, np.int32), np.empty(size, np.int64)
+    first, offset = np.empty(ROWS_PER_BATCH, np.int64), np.empty(ROWS_PER_BATCH, np.int64)
+    lead = np.array([packing.bos] if packing.document_lead else [], np.int32)
+    tail = np.array([packing.eot] if packing.document_tail else [], np.int32)
+    fill = 0
+    for number, (document, parts) in enumerate(encoded if left else ()):
+        n_tokens, placed, complete = 0, -len(lead), True
+        for ids in chain([lead], parts, [tail]):
+            taken = ids[:left]
+            complete &= ids is tail or len(taken) == len(ids)
+            n_tokens += 0 if ids is lead or ids is tail else len(taken)
+            left -= len(taken)
+            while len(taken):
+                n = min(len(taken), size - fill)
+                flat[fill : fill + n], begin[fill : fill + n] = taken[:n], fill - placed - len(lead)
+                starts = np.arange(-(-fill // width), -(-(fill + n) // width))
+                first[starts], offset[starts] = number, starts * width - fill + placed
+                fill, placed, taken = fill + n, placed + n, taken[n:]
+                if fill == size:
+                    yield _packed(packing, flat, begin, first, offset)
+                    fill = 0
+            if not left and not complete:
+                break
+        if table is not None:
+            table.add(document, n_tokens, complete)
+        if not left:
+            break
+    if fill:
+        yield _packed(packing, flat[:fill], begin[:fill], first, offset)
+
+
+def _packed(
+    packing: Packing, flat: np.ndarray, begin: np.ndarray, first: np.ndarray, offset: np.ndarray
+) -> RowBatch:
+    width, lead = packing.seq_len - packing.row_lead, packing.row_lead
+    n = -(-len(flat) // width)
+    tokens = np.full((n, packing.seq_len), PADDING, np.int32)
+    row_start = np.zeros((n, packing.seq_len), np.int32)
+    length = np.full(n, packing.seq_len, np.int32)
+    length[-1] = lead + len(flat) - (n - 1) * width
+    row, column = np.divmod(np.arange(len(flat)), width)
+    tokens[row, column + lead] = flat
+    if packing.bos is not None and lead:
+        tokens[:, 0] = packing.bos
+    if not packing.across_documents:
+        row_start[row, column] = np.maximum(begin - row * width, 0)
+    row_start[-1, length[-1] :] = np.arange(length[-1], packing.seq_len) + 1
+    return RowBatch(tokens, length, row_start, first[:n].copy(), offset[:n].copy())
+
+
+def _one_each(
+    encoded: Iterable[tuple[Document, Iterator[np.ndarray]]], packing: Packing, max_sequences: int, max_tokens: int,
+    table: DocumentWriter | None,
+) -> Iterator[RowBatch]:
+    lead = np.array([packing.bos] if packing.document_lead else [], np.int32)
+    rows: list[np.ndarray] = []
+    n_rows = 0
+    for document, parts in encoded if max_tokens > len(lead) else ():
+        room, row = min(packing.seq_len, max_tokens), lead
+        for ids in parts:
+            row = np.concatenate([row, ids])
+            if len(row) > room:
+                break
+        rows.append(row[:room])
+        n_rows, max_tokens = n_rows + 1, max_tokens - len(rows[-1])
+        if table is not None:
+            table.add(document, len(rows[-1]) - len(lead), len(row) <= room)
+        if len(rows) == ROWS_PER_BATCH:
+            yield _padded(packing, rows, n_rows - len(rows))
+            rows = []
+        if n_rows == max_sequences or max_tokens <= len(lead):
+            break
+    if rows:
+        yield _padded(packing, rows, n_rows - len(rows))
+
+
+def _padded(packing: Packing, rows: list[np.ndarray], first: int) -> RowBatch:
+    length = np.array([len(row) for row in rows], np.int32)
+    columns = np.arange(packing.seq_len, dtype=np.int32)
+    real = columns < length[:, None]
+    tokens = np.full(real.shape, PADDING, np.int32)
+    tokens[real] = np.concatenate(rows)
+    row_start = np.where(real, 0, columns + 1).astype(np.int32)
+    return RowBatch(tokens, length, row_start, first + np.arange(len(rows)),
+                    np.full(len(rows), -packing.document_lead, np.int64))
+
+
+class DocumentWriter:
+    """Stream the table of documents into a Parquet file: COLUMNS, and a column "label_…" for each label.
+
+    A label becomes int64 (booleans 0 and 1), float64 or string, whichever holds all its values. That is known at the
+    end only, so values wait as text in a file beside `path` until `close`. Leaving `with` by an error writes nothing.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[str] = ()) -> None:
+        self.path = path
+        self.n_documents = 0
+        self._types: dict[str, Any] = dict.fromkeys(labels)
+        self._schema = pa.schema([*COLUMNS, *((f"label_{name}", pa.string()) for name in labels)])
+        self._loose = path.with_name(path.name + ".loose")
+        self._writer = pa.parquet.ParquetWriter(self._loose, self._schema)
+        self._rows: list[tuple[Any, ...]] = []
+
+    def add(self, document: Document, n_tokens: int, complete: bool) -> None:
+        """Append a document: how many of its own tokens are in rows, and whether that is all of them."""
+        labels = (self._label(document, name) for name in self._types)
+        self._rows.append((self.n_documents, document.source, document.row, n_tokens, complete, *labels))
+        self.n_documents += 1
+        if len(self._rows) == DOCUMENTS_PER_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        """Give every label its type and move the table to `path`."""
+        self._flush()
+        self._writer.close()
+        types = [kind for _, kind in COLUMNS] + [kind or pa.float64() for kind in self._types.values()]
+        schema = pa.schema(zip(self._schema.names, types, strict=True))
+        with pa.parquet.ParquetFile(self._loose) as loose, pa.parquet.ParquetWriter(self.path, schema) as writer:
+            for group in range(loose.num_row_groups):
+                writer.write_table(loose.read_row_group(group).cast(schema))
+        self._loose.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writer.close()
+            self._loose.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
+        self._writer.write_table(pa.table(list(map(pa.array, columns, self._schema.types)), self._schema))
+        self._rows = []
+
+    def _label(self, document: Document, name: str) -> str | None:
+        value, known = document.labels[name], self._types[name]
+        if value is None:
+            return None
+        value = int(value) if isinstance(value, bool) else value
+        kind = pa.string() if isinstance(value, str) else pa.float64() if isinstance(value, float) else pa.int64()
+        if known not in (None, kind) and pa.string() in (known, kind):
+            raise ValueError(f"{document.source}, row {document.row}: label {name!r} is {value!r}, a {kind}, where "
+                             f"earlier documents have a {known}; expected only numbers or only strings. Convert it.")
+        if isinstance(value, int) and not -INT64_MAX <= value <= INT64_MAX:
+            raise ValueError(f"{document.source}, row {document.row}: label {name!r} is {value}, beyond 64 bits; "
+                             "expected a smaller number or a string. Convert it.")
+        self._types[name] = pa.float64() if known == pa.float64() and kind != known else kind
+        return value if isinstance(value, str) else repr(value)
+
+
+def sequence_labels(path: Path, document: np.ndarray) -> dict[str, LabelColumn]:
+    """Return the labels of each row's first document, from a `DocumentWriter`'s file.
+
+    `document` is the rows' non-decreasing int64 [n]. Memory: the result, 8 bytes a row and label at most.
+    """
+    found: dict[str, LabelColumn] = {}
+    base = 0
+    with pa.parquet.ParquetFile(path) as file:
+        for field in file.schema_arrow:
+            if field.name.startswith("label_"):
+                kind, missing = MISSING[field.type]
+                values = np.full(len(document), missing, kind)
+                found[field.name.removeprefix("label_")] = LabelColumn(values, {} if kind == "int32" else None)
+        for batch in file.iter_batches(DOCUMENTS_PER_GROUP):
+            low, high = np.searchsorted(document, [base, base + batch.num_rows])
+            wanted = batch.take(pa.array(document[low:high] - base))
+            for name, (values, categories) in found.items():
+                column = wanted.column(f"label_{name}")
+                if categories is None:
+                    column = column.fill_null(-1 if values.dtype == "int64" else np.nan)
+                    values[low:high] = column.to_numpy(zero_copy_only=False)
+                else:
+                    values[low:high] = [-1 if text is None else categories.setdefault(text, len(categories))
+                                        for text in column.to_pylist()]
+            base += batch.num_rows
+    return found
