@@ -60,5 +60,10 @@ def make_batch(tokens: np.ndarray, row_start: np.ndarray, tile: int | None = Non
     targets[:, :-1][follows] = ids[:, 1:][follows]
     starts_t = torch.from_numpy(starts)
     n_rows = attention_rows(length, tile)
-    return Batch(torch.from_numpy(ids), torch.from_numpy(positions), starts_t, torch.from_numpy(targets),
-                 [split_rows(row, n_rows) for row in starts_t])
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        starts_t,
+        torch.from_numpy(targets),
+        [split_rows(row, n_rows) for row in starts_t],
+    )

@@ -64,7 +64,8 @@ class NoTap:
     def take(self, site: str, layer: int, value: torch.Tensor) -> None:
         raise AssertionError(site)
 
-    take_rows = take  # type: ignore[assignment]
+    def take_rows(self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor) -> None:
+        raise AssertionError(site)
 
 
 class Model:
@@ -179,7 +180,7 @@ class Model:
         qkv = self._linear(f"h.{layer}.attn.c_attn", normed, "qkv")
         if self.compute != self.stream:
             qkv = self.workspace.get("qkv_exact", tuple(qkv.shape), self.stream).copy_(qkv)
-        q, k, v = (part.view(n, length, c.n_head, c.d_head) for part in qkv.split(c.d_model, -1))
+        q, k, v = (part.view(n, length, c.n_head, c.d_head) for part in torch.split(qkv, c.d_model, -1))
         for site, value in (("q", q), ("k", k), ("v", v)):
             if tap.wants(site, layer):
                 tap.take(site, layer, value)
@@ -192,9 +193,19 @@ class Model:
                 return None
             return lambda b, block, value: tap.take_rows(site, layer, b, block, value)
 
-        attend(q, k, v, z, scale=self.scale(layer), blocks=batch.blocks, row_start_BT=batch.row_start,
-               workspace=self.workspace, statistics=statistics, on_scores=rows("attn_scores"),
-               on_pattern=rows("pattern"))
+        attend(
+            q,
+            k,
+            v,
+            z,
+            scale=self.scale(layer),
+            blocks=batch.blocks,
+            row_start_BT=batch.row_start,
+            workspace=self.workspace,
+            statistics=statistics,
+            on_scores=rows("attn_scores"),
+            on_pattern=rows("pattern"),
+        )
         for site in wanted:
             tap.take(site, layer, statistics[site])
         if tap.wants("z", layer):

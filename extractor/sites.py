@@ -57,8 +57,12 @@ def _scalar(name: str, axis: str, title: str, alias: str = "", integer: bool = F
 
 
 _ALL = (
-    _stream("resid", "residual stream; depth 0 = embeddings, depth n_layer = input of the final LayerNorm",
-            "blocks.{}.hook_resid_pre", "depth"),
+    _stream(
+        "resid",
+        "residual stream; depth 0 = embeddings, depth n_layer = input of the final LayerNorm",
+        "blocks.{}.hook_resid_pre",
+        "depth",
+    ),
     _stream("resid_mid", "residual stream between attention and MLP", "blocks.{}.hook_resid_mid"),
     _stream("attn_out", "what attention adds to the residual stream", "blocks.{}.hook_attn_out"),
     _stream("mlp_out", "what the MLP adds to the residual stream", "blocks.{}.hook_mlp_out"),
@@ -66,18 +70,43 @@ _ALL = (
     _head("k", "keys"),
     _head("v", "values"),
     _head("z", "output of each head before W_O"),
-    Site("mlp_pre", ("layer", "sequence", "position", "d_mlp"), VECTOR, "neurons before the activation function",
-         "blocks.{}.mlp.hook_pre"),
-    Site("mlp_post", ("layer", "sequence", "position", "d_mlp"), VECTOR, "neurons after the activation function",
-         "blocks.{}.mlp.hook_post"),
+    Site(
+        "mlp_pre",
+        ("layer", "sequence", "position", "d_mlp"),
+        VECTOR,
+        "neurons before the activation function",
+        "blocks.{}.mlp.hook_pre",
+    ),
+    Site(
+        "mlp_post",
+        ("layer", "sequence", "position", "d_mlp"),
+        VECTOR,
+        "neurons after the activation function",
+        "blocks.{}.mlp.hook_post",
+    ),
     _scalar("ln1_scale", "layer", "standard deviation by which ln_1 divides", "blocks.{}.ln1.hook_scale"),
     _scalar("ln2_scale", "layer", "standard deviation by which ln_2 divides", "blocks.{}.ln2.hook_scale"),
-    Site("ln_final_scale", ("sequence", "position"), STATISTIC, "standard deviation by which ln_f divides",
-         "ln_final.hook_scale"),
-    Site("pattern", ("layer", "sequence", "head", "query", "key"), SQUARE, "attention probabilities",
-         "blocks.{}.attn.hook_pattern"),
-    Site("attn_scores", ("layer", "sequence", "head", "query", "key"), SQUARE,
-         "attention scores before the softmax, NaN where a key is hidden", "blocks.{}.attn.hook_attn_scores"),
+    Site(
+        "ln_final_scale",
+        ("sequence", "position"),
+        STATISTIC,
+        "standard deviation by which ln_f divides",
+        "ln_final.hook_scale",
+    ),
+    Site(
+        "pattern",
+        ("layer", "sequence", "head", "query", "key"),
+        SQUARE,
+        "attention probabilities",
+        "blocks.{}.attn.hook_pattern",
+    ),
+    Site(
+        "attn_scores",
+        ("layer", "sequence", "head", "query", "key"),
+        SQUARE,
+        "attention scores before the softmax, NaN where a key is hidden",
+        "blocks.{}.attn.hook_attn_scores",
+    ),
     _row("attn_entropy", "entropy of each row of the pattern, nats"),
     _row("attn_max", "largest probability of each row"),
     _row("attn_argmax", "key of the largest probability", integer=True),
@@ -85,12 +114,17 @@ _ALL = (
     _row("attn_distance", "mean distance from query to key, positions"),
     _row("attn_self", "probability on the query's own position"),
     _row("attn_prev", "probability on the previous position, 0 where it is not visible"),
-    Site("attn_received", ("layer", "sequence", "head", "key"), STATISTIC, "sum over queries of the probability on a key"),
+    Site("attn_received", ("layer", "sequence", "head", "key"), STATISTIC, "sum over queries of the mass on a key"),
     _scalar("resid_norm", "depth", "Euclidean norm of the residual stream"),
     _scalar("resid_cosine", "depth", "cosine with the residual stream one depth before (NaN at depth 0)"),
     _scalar("resid_max", "depth", "largest |x| of the residual stream"),
     _scalar("resid_argmax", "depth", "dimension of the largest |x|", integer=True),
-    Site("loss", ("sequence", "position"), STATISTIC, "next-token negative log-likelihood, nats; NaN without a next token"),
+    Site(
+        "loss",
+        ("sequence", "position"),
+        STATISTIC,
+        "next-token negative log-likelihood, nats; NaN without a next one",
+    ),
     Site("top_logits", ("sequence", "position", "rank"), STATISTIC, "the largest logits"),
     Site("top_tokens", ("sequence", "position", "rank"), STATISTIC, "tokens of the largest logits", integer=True),
 )
@@ -132,8 +166,10 @@ def parse_site(text: str) -> tuple[str, int | None]:
     if not site:
         site = name.removeprefix("attn.").removeprefix("mlp.").removeprefix("hook_")
     if site not in SITES:
-        raise RequestError(f"there is no site {text!r}. Sites are {', '.join(SITES)}; TransformerLens names such as "
-                           "'blocks.3.hook_resid_post' or 'pattern.5' work too. See `headwater sites`.")
+        raise RequestError(
+            f"there is no site {text!r}. Sites are {', '.join(SITES)}; TransformerLens names such as "
+            "'blocks.3.hook_resid_post' or 'pattern.5' work too. See `headwater sites`."
+        )
     if shift and index is None:
         raise RequestError(f"{text!r} needs its layer, as in {text}.3; for all depths ask for 'resid'.")
     if index is not None and SITES[site].axis is None:
@@ -155,14 +191,16 @@ def parse_indices(text: str, size: int, what: str) -> tuple[int, ...]:
             start, stop = (int(g) if g else None for g in (match[1], match[3]))
             for bound in (start, stop):
                 if bound is not None and not -size <= bound <= size:
-                    raise RequestError(f"--{what} {text!r}: {bound} is out of range; there are {size} {what}, "
-                                       f"0 to {size - 1}.")
-            chosen.update(range(size)[start:stop:int(match[4] or 1)])
+                    raise RequestError(
+                        f"--{what} {text!r}: {bound} is out of range; there are {size} {what}, 0 to {size - 1}."
+                    )
+            chosen.update(range(size)[start : stop : int(match[4] or 1)])
         else:
             index = int(match[1])
             if not -size <= index < size:
-                raise RequestError(f"--{what} {text!r}: {index} is out of range; there are {size} {what}, "
-                                   f"0 to {size - 1}.")
+                raise RequestError(
+                    f"--{what} {text!r}: {index} is out of range; there are {size} {what}, 0 to {size - 1}."
+                )
             chosen.add(index % size)
     if not chosen:
         raise RequestError(f"--{what} {text!r} selects nothing of {size} {what}; name at least one.")
@@ -208,8 +246,10 @@ def select(
         bare = [name for name, index in parsed if SITES[name].axis == axis and index is None]
         if carried and (bare or chosen[axis] is not None):
             other = f"--{axis}s" if chosen[axis] is not None else repr(bare[0])
-            raise RequestError(f"a site named with its {axis} cannot be combined with {other}, because all sites share "
-                               f"one selection of {axis}s. Use --{axis}s for all of them.")
+            raise RequestError(
+                f"a site named with its {axis} cannot be combined with {other}, because all sites share "
+                f"one selection of {axis}s. Use --{axis}s for all of them."
+            )
         if carried:
             chosen[axis] = ",".join(map(str, sorted(carried)))
     return Selection(

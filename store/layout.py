@@ -99,8 +99,12 @@ class ArraySpec:
     def metadata(self) -> dict[str, Any]:
         """Return the array's zarr.json."""
         inner = [_BYTES, *_zstd(CODECS[self.codec]), _CRC32C]
-        sharding = {"chunk_shape": list(self.chunk), "codecs": inner, "index_codecs": [_BYTES, _CRC32C],
-                    "index_location": "end"}
+        sharding = {
+            "chunk_shape": list(self.chunk),
+            "codecs": inner,
+            "index_codecs": [_BYTES, _CRC32C],
+            "index_location": "end",
+        }
         codecs = [{"name": "sharding_indexed", "configuration": sharding}]
         return array_metadata(self.shape, self.dtype, self.shard, codecs, self.fill, self.dims, self.attributes)
 
@@ -113,7 +117,7 @@ class ArraySpec:
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> ArraySpec:
         """Read what `to_json` gave."""
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         values["fill"] = math.nan if raw["fill"] is None else raw["fill"]
         return ArraySpec(**values)
 
@@ -207,14 +211,15 @@ def _halve(whole: int, limit: int) -> int:
     return whole
 
 
-def _rest(
-    dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int
-) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _rest(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Return chunk and shard shape behind the sequence, and the bytes of one sequence."""
     if dims[-2:] == ("query", "key"):
         n_head, edge = shape[0], tile_edge(shape[-1])
-        heads = next(h for h in range(1, n_head + 1)
-                     if n_head % h == 0 and (h == n_head or h * edge * edge * itemsize >= HEAD_TILE_BYTES))
+        heads = next(
+            h
+            for h in range(1, n_head + 1)
+            if n_head % h == 0 and (h == n_head or h * edge * edge * itemsize >= HEAD_TILE_BYTES)
+        )
         side = -(-shape[-1] // edge)
         stored = n_head * side * (side + 1) // 2 * edge * edge * itemsize
         return (heads, edge, edge), (n_head, side * edge, side * edge), stored

@@ -89,9 +89,11 @@ class Ledger:
         if check != _sum(raw):
             raise LedgerError(f"ledger entry {path.name} does not match its checksum. {advice}")
         if entry.fingerprint != self.fingerprint or entry.block != block:
-            raise LedgerError(f"ledger entry {path.name} belongs to another run or block (fingerprint "
-                              f"{entry.fingerprint[:12]}, block {entry.block}; expected {self.fingerprint[:12]}, block "
-                              f"{block}). {advice}")
+            raise LedgerError(
+                f"ledger entry {path.name} belongs to another run or block (fingerprint "
+                f"{entry.fingerprint[:12]}, block {entry.block}; expected {self.fingerprint[:12]}, block "
+                f"{block}). {advice}"
+            )
         return entry
 
     def _scan(self) -> Iterator[tuple[int, int, Path]]:

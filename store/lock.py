@@ -29,8 +29,10 @@ def hold(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LockedError(f"{run} is being written by {_holder(path)}. One run has one writer: wait for it, or "
-                              "stop it and run this command again.") from None
+            raise LockedError(
+                f"{run} is being written by {_holder(path)}. One run has one writer: wait for it, or "
+                "stop it and run this command again."
+            ) from None
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")}
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(me).encode(), 0)
@@ -67,8 +69,11 @@ def probe(run: Path) -> None:
         operation = "make a hard link"
         os.link(second, third)
     except OSError as error:
-        raise OSError(error.errno, f"{run} cannot hold a run: the file system refuses to {operation} "
-                      f"({error.strerror}). Choose another directory for --out") from error
+        raise OSError(
+            error.errno,
+            f"{run} cannot hold a run: the file system refuses to {operation} "
+            f"({error.strerror}). Choose another directory for --out",
+        ) from error
     finally:
         for path in (first, second, third):
             path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,21 +71,28 @@ def read_manifest(run: Path) -> Manifest:
     """Read a run's manifest; raise RunError where there is none, or one of another version."""
     path = manifest_path(run)
     if not run.is_dir():
-        raise RunError(f"there is no run at {run}: no such directory. Check the path, or make one with "
-                       "`headwater extract --out`.")
+        raise RunError(
+            f"there is no run at {run}: no such directory. Check the path, or make one with `headwater extract --out`."
+        )
     try:
         raw = json.loads(path.read_bytes())
         version = raw.pop("format_version")
         del raw["format"]
     except FileNotFoundError:
-        raise RunError(f"{run} is not a Headwater run, or its text was never committed: {path} does not exist. Check "
-                       "the path, or run `headwater extract` again with the same arguments.") from None
+        raise RunError(
+            f"{run} is not a Headwater run, or its text was never committed: {path} does not exist. Check "
+            "the path, or run `headwater extract` again with the same arguments."
+        ) from None
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise RunError(f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
-                       "copy, or extract the run anew.") from error
+        raise RunError(
+            f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
+            "copy, or extract the run anew."
+        ) from error
     if version != FORMAT_VERSION:
-        raise RunError(f"{run} has format version {version}; this Headwater reads version {FORMAT_VERSION}. Use the "
-                       f"Headwater that made it ({raw.get('made_by', {}).get('headwater', 'unknown')}).")
+        raise RunError(
+            f"{run} has format version {version}; this Headwater reads version {FORMAT_VERSION}. Use the "
+            f"Headwater that made it ({raw.get('made_by', {}).get('headwater', 'unknown')})."
+        )
     raw["arrays"] = tuple(ArraySpec.from_json(spec) for spec in raw["arrays"])
     return Manifest(**raw)
 
@@ -92,13 +100,20 @@ def read_manifest(run: Path) -> Manifest:
 def write_manifest(run: Path, manifest: Manifest) -> None:
     """Commit stage 0."""
     write_durably(manifest_path(run), to_json(manifest.to_json()), run / INTERNAL / "tmp" / "manifest.json")
+    (run / INTERNAL / "unfinished").unlink(missing_ok=True)
 
 
 class PlainArray:
     """An array over sequences that is written once, chunk by chunk, before the run's length is known."""
 
     def __init__(
-        self, run: Path, name: str, dtype: str, dims: tuple[str, ...], tail: tuple[int, ...] = (), fill: float = -1,
+        self,
+        run: Path,
+        name: str,
+        dtype: str,
+        dims: tuple[str, ...],
+        tail: tuple[int, ...] = (),
+        fill: float = -1,
         chunk: int | None = None,
     ) -> None:
         row = int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -154,8 +169,12 @@ def write_metadata(
     for name, metadata in arrays.items():
         write_static(run, f"{name}/zarr.json", to_json(metadata), statics)
     consolidated = {"kind": "inline", "must_understand": False, "metadata": dict(sorted(arrays.items()))}
-    root = {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes),
-            "consolidated_metadata": consolidated}
+    root = {
+        "zarr_format": 3,
+        "node_type": "group",
+        "attributes": dict(attributes),
+        "consolidated_metadata": consolidated,
+    }
     write_static(run, "zarr.json", to_json(root), statics)
 
 
@@ -181,11 +200,11 @@ def clear_unfinished(run: Path) -> None:
     if not marker.exists():
         others = [item.name for item in os.scandir(run) if item.name != INTERNAL]
         if others:
-            raise RunError(f"--out {run} is not empty and not a Headwater run (it holds {others[0]!r}). Name a new "
-                           "directory; Headwater writes only into its own.")
+            raise RunError(
+                f"--out {run} is not empty and not a Headwater run (it holds {others[0]!r}). Name a new "
+                "directory; Headwater writes only into its own."
+            )
         return
-    import shutil
-
     for item in list(run.iterdir()):
         if item.name != INTERNAL:
             shutil.rmtree(item) if item.is_dir() else item.unlink()

@@ -40,8 +40,10 @@ class Run:
 
     def __repr__(self) -> str:
         m = self.manifest
-        return (f"<headwater.Run {self.path}: {m.n_sequences} sequences of {m.n_positions} positions, "
-                f"{int(self.complete.sum())} complete, sites {', '.join(self.sites)}>")
+        return (
+            f"<headwater.Run {self.path}: {m.n_sequences} sequences of {m.n_positions} positions, "
+            f"{int(self.complete.sum())} complete, sites {', '.join(self.sites)}>"
+        )
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -69,8 +71,9 @@ class Run:
     def spec(self, name: str) -> ArraySpec:
         """Return the specification of a captured array; raise RunError with what there is."""
         if name not in self._specs:
-            raise RunError(f"{self.path} has no {name!r}; it holds {', '.join(self._specs)}. Extract a run with "
-                           f"--sites {name}.")
+            raise RunError(
+                f"{self.path} has no {name!r}; it holds {', '.join(self._specs)}. Extract a run with --sites {name}."
+            )
         return self._specs[name]
 
     def __getitem__(self, name: str) -> RunArray:
@@ -104,8 +107,9 @@ class Run:
         try:
             return data, decode_index(data[-(16 * n_chunks + CRC_BYTES) :].tobytes(), n_chunks)
         except ValueError as error:
-            raise RunError(f"{self.path / path}: {error}. Run `headwater verify --repair {self.path}`, then extract "
-                           "again.") from error
+            raise RunError(
+                f"{self.path / path}: {error}. Run `headwater verify --repair {self.path}`, then extract again."
+            ) from error
 
 
 class RunArray:
@@ -126,13 +130,16 @@ class RunArray:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         ranges, dropped = self._ranges(key)
-        chunks = [range(r.start // c, -(-r.stop // c)) if len(r) else range(0)
-                  for r, c in zip(ranges, self.spec.chunk, strict=True)]
+        chunks = [
+            range(r.start // c, -(-r.stop // c)) if len(r) else range(0)
+            for r, c in zip(ranges, self.spec.chunk, strict=True)
+        ]
         if all(len(c) == 1 for c in chunks):
             place = tuple(c[0] for c in chunks)
             data = self._chunk(place)
-            inside = tuple(slice(r.start - p * c, r.stop - p * c)
-                           for r, p, c in zip(ranges, place, self.spec.chunk, strict=True))
+            inside = tuple(
+                slice(r.start - p * c, r.stop - p * c) for r, p, c in zip(ranges, place, self.spec.chunk, strict=True)
+            )
             out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype) if data is None else data[inside]
         else:
             out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype)
@@ -166,8 +173,10 @@ class RunArray:
         raw = data[offset : offset + n_bytes - CRC_BYTES]
         if CODECS[spec.codec] is not None:
             if crc32c(raw) != data[offset + n_bytes - CRC_BYTES : offset + n_bytes].tobytes():
-                raise RunError(f"{self._run.path / path}: chunk {tuple(inside)} does not match its checksum. Run "
-                               f"`headwater verify --repair {self._run.path}`, then extract again.")
+                raise RunError(
+                    f"{self._run.path / path}: chunk {tuple(inside)} does not match its checksum. Run "
+                    f"`headwater verify --repair {self._run.path}`, then extract again."
+                )
             raw = np.frombuffer(Zstd().decode(raw), np.uint8)
         return raw.view(self.dtype).reshape(spec.chunk)
 
@@ -184,8 +193,10 @@ class RunArray:
             if isinstance(part, slice):
                 chosen = range(size)[part]
                 if chosen.step != 1:
-                    raise IndexError(f"{self.name}: step {chosen.step} along {dim}; only whole ranges can be read, "
-                                     "take every n-th value of the result")
+                    raise IndexError(
+                        f"{self.name}: step {chosen.step} along {dim}; only whole ranges can be read, "
+                        "take every n-th value of the result"
+                    )
                 ranges.append(chosen)
             else:
                 index = int(part)

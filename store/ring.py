@@ -70,8 +70,9 @@ class Lanes:
     def __init__(self, n_threads: int) -> None:
         self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(n_threads)]
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._run, args=(q,), daemon=True, name="headwater-write")
-                         for q in self._queues]
+        self._threads = [
+            threading.Thread(target=self._run, args=(q,), daemon=True, name="headwater-write") for q in self._queues
+        ]
         for thread in self._threads:
             thread.start()
 

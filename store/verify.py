@@ -46,18 +46,24 @@ def verify(run: Run, quick: bool = False, workers: int = 1, progress: Callable[[
     """
     problems: list[Problem] = []
     entries = list(_entries(run, problems))
-    jobs = [(path, size, crc, None) for path, (size, crc) in run.manifest.statics.items()]
+    jobs: list[tuple[str, int, int, int | None]] = [
+        (path, size, crc, None) for path, (size, crc) in run.manifest.statics.items()
+    ]
     jobs += [(path, size, crc, e.block) for e in entries for path, (size, crc) in e.files.items()]
     for entry in entries:
         first, last = run.manifest.block_range(entry.block)
         expected = {path for spec in run.manifest.arrays for path in spec.block_shards(first, last)}
-        problems += [Problem(path, "is not in the ledger entry of its block", entry.block)
-                     for path in sorted(expected - entry.files.keys())]
+        problems += [
+            Problem(path, "is not in the ledger entry of its block", entry.block)
+            for path in sorted(expected - entry.files.keys())
+        ]
     grids = {spec.name: prod(spec.grid) for spec in run.manifest.arrays}
 
     def check(job: tuple[str, int, int, int | None]) -> tuple[int, Problem | None]:
         path, size, crc, block = job
-        what = _check_file(run.path / path, size, crc, grids.get(path.split("/")[0], 0) if block is not None else 0, quick)
+        what = _check_file(
+            run.path / path, size, crc, grids.get(path.split("/")[0], 0) if block is not None else 0, quick
+        )
         if progress is not None:
             progress(size)
         return size, None if what is None else Problem(path, what, block)
@@ -89,7 +95,9 @@ def _entries(run: Run, problems: list[Problem]) -> Iterator[Entry]:
             problems.append(Problem(str(path.relative_to(run.path)), str(error), block))
             continue
         if block >= run.manifest.n_blocks:
-            problems.append(Problem(str(path.relative_to(run.path)), "names a block that the plan does not have", block))
+            problems.append(
+                Problem(str(path.relative_to(run.path)), "names a block that the plan does not have", block)
+            )
             continue
         yield entry
 

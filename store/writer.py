@@ -43,7 +43,7 @@ class _Open:
 
     slab: Slab
     chunks: np.ndarray
-    indices: list[tuple[int, ...]]
+    indices: Sequence[tuple[int, ...]]
     shard: tuple[int, int]
     last: int
 
@@ -60,7 +60,8 @@ class _Array:
 class BlockWriter:
     """Take the values of one block after another and make their shards; used by one thread.
 
-    `block` is the number of sequences of a whole block. `begin`, then `parts`/`tile_row` for every value, `close_layer` as layers end, `finish` at the end.
+    `block` is the number of sequences of a whole block. `begin`, then `parts` or `tile_row` for every value,
+    `close_layer` as layers end, `finish` at the end.
     """
 
     def __init__(

@@ -1,0 +1,160 @@
+"""Capture in memory: the sites of a few texts as an xarray dataset, with no run on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from headwater.extractor.batch import make_batch
+from headwater.extractor.capture import CaptureTap
+from headwater.extractor.config import RunConfig
+from headwater.extractor.model import Model
+from headwater.extractor.plan import Geometry, Plan, make_plan
+from headwater.extractor.sites import RequestError
+from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
+from headwater.extractor.tokens import iter_token_rows
+from headwater.extractor.weights import Checkpoint, load_checkpoint
+from headwater.store.layout import ArraySpec
+from headwater.store.writer import Part
+
+
+class MemorySink:
+    """Whole arrays in memory, filled as a BlockWriter's are."""
+
+    def __init__(self, specs: Sequence[ArraySpec]) -> None:
+        self.arrays = {s.name: np.full(s.shape, s.fill, s.dtype) for s in specs}
+        self._specs = {s.name: s for s in specs}
+        self._row: dict[str, tuple[tuple[int, int, int], np.ndarray]] = {}
+
+    def parts(self, name: str, lead: int, first: int, n: int) -> Iterator[Part]:
+        """Yield the one place for sequences [first, first + n)."""
+        array = self.arrays[name] if self._specs[name].axis is None else self.arrays[name][lead]
+        yield Part(array[first : first + n], slice(0, n), slice(0, array.shape[1]))
+
+    def tile_row(self, name: str, lead: int, sequence: int, row: int) -> np.ndarray:
+        """Return tiles to fill; they are copied to the array by `send_tiles`."""
+        key = (lead, sequence, row)
+        if name not in self._row or self._row[name][0] != key:
+            spec = self._specs[name]
+            tiles = np.full((row + 1, spec.grid[2], *spec.chunk[2:]), spec.fill, spec.dtype)
+            self._row[name] = (key, tiles)
+        return self._row[name][1]
+
+    def send_tiles(self, name: str) -> None:
+        """Copy the row of tiles into the square."""
+        (lead, sequence, row), tiles = self._row.pop(name)
+        square, edge = self.arrays[name][lead, sequence], tiles.shape[-1]
+        strip = square[:, row * edge : (row + 1) * edge]
+        for j, tile in enumerate(tiles):
+            target = strip[:, :, j * edge : (j + 1) * edge]
+            target[:] = tile.reshape(-1, edge, edge)[:, : target.shape[1], : target.shape[2]]
+
+
+def capture(
+    model: str | Model,
+    text: str | Sequence[str] | np.ndarray,
+    sites: Sequence[str] = ("resid",),
+    *,
+    layers: str | None = None,
+    depths: str | None = None,
+    heads: str | None = None,
+    positions: str | None = None,
+    bos: bool = False,
+    compute: str = "fp32",
+    dtype: str = "float32",
+    top_k: int = 10,
+    tokenizer: str | None = None,
+) -> Any:
+    """Run texts through a model and return what happens inside as an xarray.Dataset with named dimensions.
+
+    `text` is one text, several (one sequence each, padded at the right), or token ids [sequence, position] with −1 for
+    padding. The other arguments are those of `headwater extract`. Texts longer than the model's n_ctx are cut there.
+    Raises RequestError for what does not fit the model.
+    """
+    import xarray
+
+    loaded, checkpoint = _ready(model, compute)
+    ids, coder = _ids(text, checkpoint, bos, tokenizer)
+    rows = list(iter_token_rows(ids, loaded.config.d_vocab))
+    tokens, row_start = (np.concatenate([getattr(r, name) for r in rows]) for name in ("tokens", "row_start"))
+    config = RunConfig(
+        out=".", sites=tuple(sites), layers=layers, depths=depths, heads=heads, positions=positions, compute=compute,
+        dtype=dtype, top_k=top_k,
+    )  # fmt: skip
+    n, length = tokens.shape
+    plan = make_plan(config, loaded.config, Geometry(length, n, n), n)
+    sink = run_in_memory(loaded, plan, tokens, row_start)
+    data = {spec.name: (spec.dims, sink.arrays[spec.name], spec.attributes) for spec in plan.arrays}
+    coords: dict[str, Any] = {"token": (("sequence", "position"), tokens)}
+    if coder is not None:
+        coords["token_string"] = ("sequence", "position"), _strings(coder, tokens)
+    s, n_layer = plan.selection, loaded.config.n_layer
+    used = {dim for spec in plan.arrays for dim in spec.dims}
+    coords |= {dim: list(values) for dim, values in (("layer", s.layers), ("depth", s.depths), ("head", s.heads),
+                                                     ("selected_position", s.positions or ())) if dim in used}
+    if "depth" in used:
+        coords["depth_fraction"] = "depth", [d / n_layer for d in s.depths]
+    if "layer" in used:
+        coords["layer_fraction"] = "layer", [(layer + 0.5) / n_layer for layer in s.layers]
+    return xarray.Dataset(data, coords, {"model": checkpoint.name if checkpoint else "", "compute": compute})
+
+
+def run_in_memory(model: Model, plan: Plan, tokens: np.ndarray, row_start: np.ndarray) -> MemorySink:
+    """Run rows of tokens as one batch and return the arrays of a plan."""
+    batch = make_batch(tokens, row_start)
+    sink = MemorySink(plan.arrays)
+    specs = {spec.name: spec for spec in plan.arrays}
+    tap = CaptureTap(plan.selection, specs, sink, plan.canonical["top_k"] or 1, keep_overflow=True)
+    tap.place(0, batch.row_start, tokens.shape[1], model.config.n_head)
+    with torch.inference_mode():
+        x = model.embed(batch)
+        tap.take_depth(0, x, None)
+        for layer in range(model.config.n_layer):
+            before = x.clone() if tap.wants_previous else None
+            model.layer(layer, x, batch, tap)
+            tap.take_depth(layer + 1, x, before)
+        model.finish(x, batch, tap)
+    return sink
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, compute: str) -> tuple[Model, Checkpoint]:
+    checkpoint = load_checkpoint(name)
+    return Model(checkpoint, compute), checkpoint
+
+
+def _ready(model: str | Model, compute: str) -> tuple[Model, Checkpoint | None]:
+    return (model, None) if isinstance(model, Model) else _load(model, compute)
+
+
+def _ids(
+    text: str | Sequence[str] | np.ndarray, checkpoint: Checkpoint | None, bos: bool, tokenizer: str | None
+) -> tuple[np.ndarray, Tokenizer | None]:
+    """Return ids [sequence, position], −1 for padding, and the tokenizer where there is one."""
+    home = tokenizer or (checkpoint.tokenizer if checkpoint else None)
+    coder = None if home is None else load_tokenizer(home)
+    if isinstance(text, np.ndarray):
+        return text, coder
+    if coder is None:
+        raise RequestError("the model comes without a tokenizer; give tokenizer=, or token ids instead of text.")
+    assert checkpoint is not None or tokenizer is not None
+    first = [coder.end_of_text] if bos and coder.end_of_text is not None else []
+    if checkpoint is not None and bos and checkpoint.config.bos_token_id is not None:
+        first = [checkpoint.config.bos_token_id]
+    limit = checkpoint.config.n_ctx if checkpoint else None
+    encoded = [(first + ids)[:limit] for ids in coder.encode_batch([text] if isinstance(text, str) else list(text))]
+    if not encoded or not all(encoded):
+        raise RequestError("a text holds no tokens; give texts that are not empty.")
+    ids = np.full((len(encoded), max(map(len, encoded))), -1, np.int32)
+    for row, values in zip(ids, encoded, strict=True):
+        row[: len(values)] = values
+    return ids, coder
+
+
+def _strings(coder: Tokenizer, tokens: np.ndarray) -> np.ndarray:
+    flat = [coder.token_strings([int(t)])[0] if t >= 0 else "" for t in tokens.reshape(-1)]
+    return np.array(flat, dtype=object).reshape(tokens.shape)

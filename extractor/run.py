@@ -1,0 +1,222 @@
+"""Drive a run: commit its text, compute the blocks that are missing, resume where it stopped."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headwater.extractor import hub
+from headwater.extractor.config import RunConfig
+from headwater.extractor.model import Model
+from headwater.extractor.plan import Geometry, Plan, check_resources, geometry, make_plan
+from headwater.extractor.sites import RequestError
+from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, text_request
+from headwater.extractor.texts import STDIN, describe_sources, expand_paths
+from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
+from headwater.extractor.worker import Worker
+from headwater.store.ledger import Entry, Ledger
+from headwater.store.lock import hold, probe
+from headwater.store.manifest import Manifest, RunError, manifest_path, read_manifest
+from headwater.store.reader import Run, open_run
+
+
+@dataclass
+class Progress:
+    """What an observer is told: the phase, blocks and tokens done, bytes written, and the newest entry."""
+
+    phase: str
+    n_blocks: int = 0
+    done: int = 0
+    n_tokens: int = 0
+    n_bytes: int = 0
+    rows: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    entry: Entry | None = None
+
+
+Observer = Callable[[Progress], None]
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """Plan a run without writing anything: its text is tokenised and counted, the weights are not read."""
+    model, place = read_config(config.model, config.revision), hub.locate(config.model, config.revision)
+    source = Source(config, model, hub.find_tokenizer(place.parent if place.is_file() else place))
+    make_plan(config, model, source.geometry, 1)
+    return make_plan(config, model, source.geometry, max(count_rows(source), 1))
+
+
+def extract(config: RunConfig, observe: Observer | None = None) -> Run:
+    """Make a run, or go on with the one at `config.out`; return it for reading.
+
+    Blocks that are committed are not computed again, so a finished run is left as it is. Raises RequestError or
+    RunError for a request that cannot be met, and leaves the run resumable on every other error.
+    """
+    observe = observe or (lambda progress: None)
+    run = Path(config.out)
+    if manifest_path(run).exists():
+        config = _stored_request(config, run)
+    checkpoint = load_checkpoint(config.model, config.revision)
+    if not manifest_path(run).exists():
+        _check_before(config, checkpoint, run)
+    run.mkdir(parents=True, exist_ok=True)
+    with hold(run), _threads(config.threads):
+        probe(run)
+        if manifest_path(run).exists():
+            manifest = check_same(config, checkpoint, run)
+        else:
+            text = Progress("text")
+
+            def rows(n: int) -> None:
+                text.rows = n
+                observe(text)
+
+            manifest = commit_text(config, checkpoint, run, rows)
+        _compute(config, checkpoint, run, manifest, observe)
+    return open_run(run)
+
+
+def check_same(config: RunConfig, checkpoint: Checkpoint, run: Path) -> Manifest:
+    """Return the manifest of a run that this request may go on with; raise RunError where it is another's."""
+    manifest = read_manifest(run)
+    shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
+    wanted = replace(config, block=config.block or manifest.block)
+    if config.tokens is None:
+        shape = replace(geometry(wanted, checkpoint.config), micro=manifest.micro)
+    asked = make_plan(wanted, checkpoint.config, shape, 1).canonical
+    asked |= {"model weights": checkpoint.digest[:12]}
+    stored = manifest.config | {"model weights": manifest.model["digest"][:12]}
+    differing = [(k, stored[k], asked[k]) for k in stored if stored[k] != asked[k]]
+    request, kept = text_request(config), manifest.text["request"]
+    differing += [(k, kept[k], request[k]) for k in kept if kept[k] != request[k]]
+    if differing:
+        listed = "; ".join(f"{name} is {_short(a)} in the run, {_short(b)} in the request" for name, a, b in differing)
+        raise RunError(
+            f"{run} was made with another configuration: {listed}. Give the same arguments to resume it (or "
+            "only --out), or another --out for another run."
+        )
+    _check_sources(config, manifest)
+    here, there = made_by(), manifest.made_by
+    for what in ("processor", "torch"):
+        if here[what] != there[what] and not config.other_processor:
+            raise RunError(
+                f"{run} was made with {what} {there[what]}; this is {here[what]}, whose results may differ "
+                "in the last bits. Resume it on the same kind, or accept the mixture with --other-processor."
+            )
+    return manifest
+
+
+def plan_of(config: RunConfig, checkpoint: Checkpoint, manifest: Manifest) -> Plan:
+    """Rebuild the plan of a run from its manifest."""
+    shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
+    return make_plan(replace(config, block=manifest.block), checkpoint.config, shape, manifest.n_sequences)
+
+
+def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, observe: Observer) -> None:
+    plan = plan_of(config, checkpoint, manifest)
+    ledger = Ledger(run, manifest.fingerprint)
+    committed = ledger.committed()
+    progress = Progress("blocks", manifest.n_blocks, len(committed))
+    observe(progress)
+    missing = [block for block in plan.blocks if block not in committed]
+    if not missing:
+        return
+    check_resources(plan, run, already=sum(plan.array_bytes().values()) * len(committed) // plan.n_blocks)
+    worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
+    _clear_temporary(run)
+    try:
+        for block in missing:
+            entry = worker.extract_block(block, ledger.next_attempt(block))
+            ledger.commit(entry)
+            progress.done += 1
+            progress.n_tokens += entry.n_tokens
+            progress.n_bytes += sum(size for size, _ in entry.files.values())
+            progress.entry = entry
+            observe(progress)
+    finally:
+        worker.close()
+
+
+def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Path) -> None:
+    """Refuse what is wrong with a request before a directory is made."""
+    source = Source(config, checkpoint.config, checkpoint.tokenizer)
+    plan = make_plan(config, checkpoint.config, source.geometry, config.max_sequences or 1)
+    if plan.n_sequences == 1:
+        check_resources(plan, run)
+    if run.exists() and not run.is_dir():
+        raise RunError(f"--out {run} is a file; name a directory that does not exist yet, or a run to resume.")
+
+
+def _stored_request(config: RunConfig, run: Path) -> RunConfig:
+    """Fill a request that names only --out with what the run was made from."""
+    if config.to_json().keys() - {"out", "threads", "other_processor"}:
+        return config
+    m = read_manifest(run)
+    c = m.config
+    text: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in m.text["request"].items()}
+    listed: dict[str, Any] = {k: ",".join(map(str, c[k])) for k in ("layers", "depths", "heads")}
+    positions = c["positions"]
+    return replace(
+        config, model=m.model["name"], revision=m.model["revision"], sites=tuple(c["sites"]), **listed,
+        positions=None if positions is None else "last" if positions == [-1] else ",".join(map(str, positions)),
+        seq_len=c["seq_len"], compute=c["compute"], block=c["block"], on_overflow=c["on_overflow"],
+        dtype=",".join(f"{site}={dtype}" for site, dtype in c["dtype"].items() if dtype != "int32"),
+        codec=",".join(f"{site}={codec}" for site, codec in c["codec"].items()), top_k=c["top_k"] or config.top_k,
+        **text,
+    )  # fmt: skip
+
+
+def _check_sources(config: RunConfig, manifest: Manifest) -> None:
+    """Raise RunError where a source file was changed since its text was committed; one that is gone is not needed."""
+    stored = {item["path"]: item for item in manifest.text["sources"]}
+    there = [Path(path) for path in stored if path != str(STDIN) and Path(path).exists()]
+    for now in describe_sources(there):
+        if now["sha256"] != stored[now["path"]]["sha256"]:
+            raise RunError(
+                f"{now['path']} has changed since its text was committed into {config.out}. The run keeps "
+                "the old text: restore the file (or move it away) to resume, or start another run."
+            )
+    if config.text and "-" not in config.text:
+        try:
+            added = [str(p) for p in expand_paths(config.text) if str(p) not in stored]
+        except ValueError:
+            added = []
+        if added:
+            raise RunError(
+                f"{added[0]} is new since the text was committed into {config.out}. More text is another "
+                "run: choose another --out (analyses take several runs), or move the file away."
+            )
+
+
+def _clear_temporary(run: Path) -> None:
+    """Delete what dead attempts left; the lock makes sure that nobody else is writing."""
+    for item in os.scandir(run / "headwater" / "tmp"):
+        if item.is_file():
+            os.unlink(item.path)
+
+
+class _threads:
+    """Set torch's thread count for a while."""
+
+    def __init__(self, n: int | None) -> None:
+        self.n, self.before = n, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        if self.n:
+            torch.set_num_threads(self.n)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+__all__ = ["Progress", "RequestError", "RunConfig", "extract", "plan_run"]

@@ -1,0 +1,332 @@
+"""Stage 0: commit the text into the run, as token ids, before anything is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import headwater
+from headwater.extractor.config import RunConfig, fingerprint
+from headwater.extractor.plan import Plan, check_resources, geometry, make_plan
+from headwater.extractor.sites import RequestError
+from headwater.extractor.texts import STDIN, Tally, describe_sources, expand_paths, iter_documents
+from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
+from headwater.extractor.tokens import DocumentWriter, Packing, RowBatch, iter_rows, iter_token_rows, sequence_labels
+from headwater.extractor.weights import Checkpoint, ModelConfig
+from headwater.store.files import to_json
+from headwater.store.layout import array_metadata
+from headwater.store.manifest import (
+    Manifest,
+    PlainArray,
+    clear_unfinished,
+    mark_unfinished,
+    write_coordinate,
+    write_manifest,
+    write_metadata,
+    write_static,
+)
+
+TEXT_ARRAYS = ("tokens", "length", "row_start", "document", "offset")
+
+
+class Source:
+    """The rows of a request, text or ready ids, and what is known of where they come from."""
+
+    def __init__(self, config: RunConfig, model: ModelConfig, tokenizer_home: Path | None) -> None:
+        if bool(config.text) == bool(config.tokens):
+            raise RequestError(
+                "expected either --text or --tokens, "
+                f"{'not both' if config.text else 'but got neither'}. Name a text file, a directory, a "
+                "glob or '-', or a .npy file of token ids."
+            )
+        self.config, self.model = config, model
+        self.tokenizer: Tokenizer | None = None
+        self.packing: Packing | None = None
+        self.tally = Tally()
+        if config.tokens:
+            self.ids = _load_ids(config.tokens)
+            self.geometry = geometry(config, model, self.ids.shape[1])
+            self.paths = [Path(config.tokens)]
+            return
+        self.geometry = geometry(config, model)
+        home = config.tokenizer or tokenizer_home
+        if home is None:
+            raise RequestError(
+                f"the model {config.model!r} comes without a tokenizer. Name one with --tokenizer (a "
+                "tokenizer.json, its directory, or a hub id such as gpt2)."
+            )
+        self.tokenizer = load_tokenizer(home)
+        self.packing = self._packing(self.tokenizer)
+        self.paths = expand_paths(config.text)
+
+    def rows(self, table: DocumentWriter | None = None) -> Iterator[RowBatch]:
+        """Yield the rows in order, checked against the model's vocabulary."""
+        c = self.config
+        if self.tokenizer is None or self.packing is None:
+            return iter_token_rows(self.ids, self.model.d_vocab, c.max_sequences)
+        documents = iter_documents(self.paths, c.column, c.labels, "jsonl" if c.jsonl else None, tally=self.tally)
+        return iter_rows(
+            documents,
+            self.tokenizer,
+            self.packing,
+            d_vocab=self.model.d_vocab,
+            max_sequences=c.max_sequences,
+            max_tokens=c.max_tokens,
+            table=table,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the manifest keeps of the text's origin: files with size and sha256, and how rows were made."""
+        files = [path for path in self.paths if path != STDIN]
+        sources = describe_sources(files) + ([self.tally.stdin] if self.tally.stdin else [])
+        packing = None
+        if self.packing is not None:
+            p = self.packing
+            packing = {"mode": p.mode, "across_documents": p.across_documents, "bos": p.bos, "eot": p.eot}
+        return {"sources": sources, "packing": packing, "request": text_request(self.config)}
+
+    def _packing(self, tokenizer: Tokenizer) -> Packing:
+        eot = tokenizer.end_of_text if tokenizer.end_of_text is not None else self.model.eos_token_id
+        bos = self.model.bos_token_id if self.model.bos_token_id is not None else eot
+        if self.config.bos and bos is None:
+            raise RequestError(
+                "--bos: neither the model nor the tokenizer names a beginning-of-text token. Leave it out."
+            )
+        return Packing(
+            self.geometry.seq_len,
+            self.config.mode,
+            not self.config.within_documents,
+            bos if self.config.bos else None,
+            eot,
+        )
+
+
+def text_request(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that choose and lay out the text, as JSON values."""
+    c = config
+    return {
+        "text": list(c.text),
+        "tokens": c.tokens,
+        "column": c.column,
+        "labels": list(c.labels),
+        "tokenizer": c.tokenizer,
+        "mode": c.mode,
+        "within_documents": c.within_documents,
+        "bos": c.bos,
+        "jsonl": c.jsonl,
+        "max_sequences": c.max_sequences,
+        "max_tokens": c.max_tokens,
+    }
+
+
+def count_rows(source: Source) -> int:
+    """Count the rows of a request without keeping them."""
+    return sum(len(batch.tokens) for batch in source.rows())
+
+
+def commit_text(
+    config: RunConfig, checkpoint: Checkpoint, run: Path, progress: Callable[[int], None] | None = None
+) -> Manifest:
+    """Tokenise the whole text into the run and write its metadata and manifest; the caller holds the lock.
+
+    `progress` is called with the number of rows so far.
+    """
+    source = Source(config, checkpoint.config, checkpoint.tokenizer)
+    make_plan(config, checkpoint.config, source.geometry, 1)
+    clear_unfinished(run)
+    mark_unfinished(run)
+    try:
+        return _commit(config, checkpoint, source, run, progress)
+    except Exception:
+        clear_unfinished(run)
+        raise
+
+
+def _commit(
+    config: RunConfig, checkpoint: Checkpoint, source: Source, run: Path, progress: Callable[[int], None] | None
+) -> Manifest:
+    statics: dict[str, list[int]] = {}
+    arrays = _text_arrays(run, source.geometry.seq_len)
+    table = DocumentWriter(run / "documents.parquet", config.labels) if source.tokenizer else None
+    _spool(source, table, arrays, progress)
+    n = arrays["tokens"].n
+    if n == 0:
+        raise RequestError(
+            f"the text holds no tokens ({source.tally.skipped} empty documents). Name other files, or another --column."
+        )
+    plan = make_plan(config, checkpoint.config, source.geometry, n)
+    check_resources(plan, run)
+    metadata = {name: array.close() for name, array in arrays.items()}
+    if source.tokenizer is not None:
+        _note(run, "documents.parquet", statics)
+        write_static(run, "tokenizer.json", source.tokenizer.json.encode(), statics)
+        metadata |= _labels(run, arrays, statics)
+    for array in arrays.values():
+        statics |= array.statics
+    digest = tokens_digest(arrays)
+    mark = fingerprint(plan.canonical, checkpoint.digest, digest)
+    metadata |= {spec.name: spec.metadata() for spec in plan.arrays}
+    metadata["complete"] = array_metadata((n,), "bool", (plan.geometry.block,), None, 0, ("sequence",), {})
+    metadata |= _coordinates(run, plan, statics)
+    write_metadata(run, metadata, _attributes(checkpoint, mark, config), statics)
+    manifest = Manifest(
+        mark, plan.canonical, describe_model(checkpoint, config),
+        source.describe() | {"digest": digest}, made_by(), n, plan.geometry.seq_len,
+        plan.geometry.block, plan.geometry.micro, plan.arrays, dict(sorted(statics.items())),
+    )  # fmt: skip
+    write_manifest(run, manifest)
+    return manifest
+
+
+def describe_model(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    """Return what the manifest keeps of the model."""
+    sizes = {name: getattr(checkpoint.config, name) for name in checkpoint.config.__dataclass_fields__}
+    return {"name": checkpoint.name, "revision": config.revision, "digest": checkpoint.digest, "config": sizes}
+
+
+def made_by() -> dict[str, Any]:
+    """Name the software and the kind of processor: on one kind, the same request gives the same bytes."""
+    return {
+        "headwater": headwater.__version__,
+        "torch": torch.__version__,
+        "processor": processor(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def processor() -> str:
+    """Name the kind of processor that the values come from."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def tokens_digest(arrays: dict[str, PlainArray]) -> str:
+    """Hash the ids and the rows' starts."""
+    digest = hashlib.sha256()
+    for name in ("tokens", "row_start"):
+        array = arrays[name]
+        digest.update(f"{name} {array.n} {list(array.tail)} {array.digest.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _text_arrays(run: Path, seq_len: int) -> dict[str, PlainArray]:
+    square = (("sequence", "position"), (seq_len,))
+    return {
+        "tokens": PlainArray(run, "tokens", "int32", *square),
+        "length": PlainArray(run, "length", "int32", ("sequence",)),
+        "row_start": PlainArray(run, "row_start", "int32", *square),
+        "document": PlainArray(run, "document", "int64", ("sequence",)),
+        "offset": PlainArray(run, "offset", "int64", ("sequence",)),
+    }
+
+
+def _spool(
+    source: Source, table: DocumentWriter | None, arrays: dict[str, PlainArray], progress: Callable[[int], None] | None
+) -> None:
+    try:
+        for batch in source.rows(table):
+            for name in TEXT_ARRAYS:
+                arrays[name].append(getattr(batch, name))
+            if progress is not None:
+                progress(arrays["tokens"].n)
+    except BaseException:
+        if table is not None:
+            table.__exit__(RuntimeError, None, None)
+        raise
+    if table is not None:
+        table.close()
+
+
+def _labels(run: Path, arrays: dict[str, PlainArray], statics: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+    """Write the label columns of the rows; string labels are codes, with their names in `categories`."""
+    import zarr
+
+    if not any(name.startswith("label_") for name in _column_names(run)):
+        return {}
+    write_static(run, "document/zarr.json", to_json(_plain_metadata(arrays["document"])), statics)
+    document = np.asarray(zarr.open_array(run / "document", mode="r")[...])
+    metadata = {}
+    for name, (values, categories) in sequence_labels(run / "documents.parquet", document).items():
+        fill = np.nan if values.dtype.kind == "f" else -1
+        array = PlainArray(run, f"label_{name}", values.dtype.name, ("sequence",), fill=fill)
+        array.append(values)
+        if categories is not None:
+            array.attributes["categories"] = list(categories)
+        metadata[f"label_{name}"] = array.close()
+        statics |= array.statics
+    return metadata
+
+
+def _plain_metadata(array: PlainArray) -> dict[str, Any]:
+    return array_metadata(
+        (array.n, *array.tail), array.dtype, (array.chunk, *array.tail), None, array.fill, array.dims, {}
+    )
+
+
+def _column_names(run: Path) -> Sequence[str]:
+    import pyarrow.parquet
+
+    return list(pyarrow.parquet.read_schema(run / "documents.parquet").names)
+
+
+def _note(run: Path, path: str, statics: dict[str, list[int]]) -> None:
+    """Make a file that another library wrote durable and note its checksum."""
+    data = (run / path).read_bytes()
+    write_static(run, path, data, statics)
+
+
+def _coordinates(run: Path, plan: Plan, statics: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
+    """Write the coordinate of every dimension that the run's arrays have."""
+    s, n_layer, length = plan.selection, plan.model.n_layer, plan.geometry.seq_len
+    values: dict[str, tuple[str, Sequence[float]]] = {
+        "layer": ("layer", s.layers),
+        "depth": ("depth", s.depths),
+        "head": ("head", s.heads),
+        "position": ("position", range(length)),
+        "query": ("query", range(length)),
+        "key": ("key", range(length)),
+        "selected_position": ("selected_position", s.positions or ()),
+        "depth_fraction": ("depth", [d / n_layer for d in s.depths]),
+        "layer_fraction": ("layer", [(layer + 0.5) / n_layer for layer in s.layers]),
+    }
+    used = {"position"} | {dim for spec in plan.arrays for dim in spec.dims}
+    return {
+        name: write_coordinate(run, name, dim, list(v), statics) for name, (dim, v) in values.items() if dim in used
+    }
+
+
+def _attributes(checkpoint: Checkpoint, mark: str, config: RunConfig) -> dict[str, Any]:
+    sizes = {name: getattr(checkpoint.config, name) for name in ("n_layer", "n_head", "d_model", "d_head", "d_vocab")}
+    return {
+        "title": "Headwater run",
+        "model": checkpoint.name,
+        **sizes,
+        "fingerprint": mark,
+        "compute": config.compute,
+        "coordinates": "depth_fraction layer_fraction",
+    }
+
+
+def _load_ids(path: str) -> np.ndarray:
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RequestError(
+            f"--tokens {path} cannot be read ({error}). Expected a .npy file of whole numbers "
+            "[sequence, position], as numpy.save writes it."
+        ) from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2:
+        raise RequestError(f"--tokens {path} has shape {list(getattr(ids, 'shape', []))}; expected 2 dimensions.")
+    return ids

@@ -1,0 +1,115 @@
+"""Compute one block and write its shards: the heart of extraction, on one screen."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+
+from headwater.extractor.batch import Batch, make_batch, padded
+from headwater.extractor.capture import CaptureTap
+from headwater.extractor.model import Model
+from headwater.extractor.plan import Plan
+from headwater.extractor.sites import SITES, Selection
+from headwater.store.layout import tile_edge
+from headwater.store.ledger import Entry
+from headwater.store.manifest import Manifest
+from headwater.store.writer import BlockWriter, file_sums
+
+OUTPUT_SITES = ("ln_final_scale", "loss", "top_logits", "top_tokens")
+
+
+class Worker:
+    """A model and a writer that extract one block after another of one run."""
+
+    def __init__(self, run: Path, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False) -> None:
+        self.run, self.manifest, self.plan, self.model = run, manifest, plan, model
+        self.keep_overflow = keep_overflow
+        self.writer = BlockWriter(run, manifest.arrays, manifest.block)
+        self._tokens = zarr.open_array(run / "tokens", mode="r")
+        self._row_start = zarr.open_array(run / "row_start", mode="r")
+        self._stream = torch.empty(manifest.block, padded(manifest.n_positions), model.config.d_model)
+
+    def extract_block(self, block: int, attempt: int) -> Entry:
+        """Compute a block, make its shards durable, and return the ledger entry that would commit it."""
+        first, last = self.manifest.block_range(block)
+        start = time.perf_counter()
+        specs = {spec.name: spec for spec in self.manifest.arrays}
+        tap = CaptureTap(self.plan.selection, specs, self.writer, self.plan.canonical["top_k"] or 1, self.keep_overflow)
+        self.writer.begin(first, last, f"{block:08d}.{attempt}.{os.getpid()}")
+        try:
+            with torch.inference_mode():
+                n_tokens = self._walk(first, last, tap)
+            computed = time.perf_counter()
+            files = self.writer.finish()
+        except BaseException:
+            self.writer.abandon()
+            raise
+        seconds = {"compute": computed - start, "finish": time.perf_counter() - computed, **self.writer.seconds}
+        return Entry(
+            block,
+            attempt,
+            self.manifest.fingerprint,
+            first,
+            last,
+            n_tokens,
+            file_sums(files),
+            tap.casts,
+            {k: round(v, 6) for k, v in seconds.items()},
+            f"{socket.gethostname()}:{os.getpid()}",
+        )
+
+    def close(self) -> None:
+        """End the writer's threads."""
+        self.writer.close()
+
+    def _walk(self, first: int, last: int, tap: CaptureTap) -> int:
+        """Take every micro-batch through a layer before any goes on to the next; return the number of tokens."""
+        micros = self._batches(first, last)
+
+        def place(at: int, batch: Batch) -> torch.Tensor:
+            tap.place(first + at, batch.row_start, self.manifest.n_positions, self.model.config.n_head)
+            return self._stream[at : at + batch.tokens.shape[0]]
+
+        for at, batch in micros:
+            x = self.model.embed(batch, place(at, batch))
+            tap.take_depth(0, x, None)
+        self._close("depth", 0)
+        for layer in range(last_layer(self.plan.selection, self.model.config.n_layer)):
+            for at, batch in micros:
+                x = place(at, batch)
+                before = x.clone() if tap.wants_previous else None
+                self.model.layer(layer, x, batch, tap)
+                tap.take_depth(layer + 1, x, before)
+            self._close("layer", layer)
+            self._close("depth", layer + 1)
+        for at, batch in micros:
+            self.model.finish(place(at, batch), batch, tap)
+        return sum(int((batch.row_start <= torch.arange(batch.row_start.shape[1])).sum()) for _, batch in micros)
+
+    def _batches(self, first: int, last: int) -> list[tuple[int, Batch]]:
+        tokens, row_start = (np.asarray(a[first:last]) for a in (self._tokens, self._row_start))
+        edge, micro = tile_edge(self.manifest.n_positions), self.manifest.micro
+        return [
+            (at, make_batch(tokens[at : at + micro], row_start[at : at + micro], edge))
+            for at in range(0, last - first, micro)
+        ]
+
+    def _close(self, axis: str, index: int) -> None:
+        chosen = self.plan.selection.along(axis)
+        if index in chosen:
+            self.writer.close_layer(axis, chosen.index(index))
+
+
+def last_layer(selection: Selection, n_layer: int) -> int:
+    """Return how many layers must be computed for a selection."""
+    needed = [0]
+    for site in selection.sites:
+        axis = SITES[site].axis
+        needed.append(n_layer if site in OUTPUT_SITES else max(selection.along(axis)) + (axis == "layer"))
+    return max(needed)
