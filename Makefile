@@ -1,20 +1,39 @@
 PYTHON ?= python3
 BIN := .venv/bin
+RUN := demo-run
 
-.PHONY: test lint clean
+.PHONY: demo test lint wheel clean
+
+# Extract from real text, the source of the standard library's json package, with the model in the package.
+demo: .venv/ready
+	$(BIN)/headwater plan --config docs/demo.toml --text "$$($(BIN)/python -c 'import json; print(json.__path__[0])')"
+	$(BIN)/headwater extract --config docs/demo.toml --out $(RUN) \
+		--text "$$($(BIN)/python -c 'import json; print(json.__path__[0])')"
+	$(BIN)/headwater verify $(RUN)
+	$(BIN)/headwater info $(RUN)
+	$(BIN)/python docs/read_xarray.py $(RUN)
+	@echo "That was docs/read_xarray.py; docs/read_zarr.py and docs/read_tokens.py read the same run with zarr alone."
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Build the wheel and use it in an environment of its own, away from this directory.
+wheel: .venv/test
+	bash .ci/wheel
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/test: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-test: .venv/ready
-	$(BIN)/python -m pytest
-
-lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-
 clean:
-	rm -rf .venv build dist *.egg-info headwater.egg-info
+	rm -rf .venv build dist *.egg-info demo-run

@@ -1,0 +1,61 @@
+"""The scripts and snippets of the documentation run, on a run of the packaged model."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headwater
+from headwater.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("demo") / "run"
+    flags = ["--config", str(ROOT / "docs/demo.toml"), "--text", str(Path(json.__path__[0]) / "decoder.py")]
+    assert main(["extract", *flags, "--seq-len", "64", "--max-sequences", "6", "--out", str(run)]) == 0
+    return run
+
+
+@pytest.mark.parametrize("script", ["read_xarray.py", "read_zarr.py", "read_tokens.py"])
+def test_scripts_read_a_run_without_headwater(demo_run, script):
+    code = (ROOT / "docs" / script).read_text("utf-8")
+    assert "headwater" not in "".join(line for line in code.splitlines() if "import" in line)
+    done = subprocess.run([sys.executable, "-W", "error", str(ROOT / "docs" / script), str(demo_run)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    assert len(done.stdout.splitlines()) >= 6 and "nan" not in done.stdout
+
+
+def test_info_prints_a_snippet_that_works(demo_run, capsys):
+    assert main(["info", str(demo_run)]) == 0
+    printed = capsys.readouterr().out
+    snippet = printed[printed.index("import xarray") :]
+    lines = [line.strip() for line in snippet.splitlines()]
+    names: dict = {}
+    exec("\n".join(lines[:-1] + [f"last = {lines[-1]}"]), names)
+    assert names["last"].dims[0] == "depth"
+
+
+def test_python_snippet_of_the_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("def add(a, b):\n    return a + b\n" * 40)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    snippet = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "headwater" in code)
+    exec(snippet, {})
+    assert headwater.open_run("run").complete.all()
+
+
+def test_demo_toml_and_makefile_agree():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert "docs/demo.toml" in makefile and "docs/read_xarray.py" in makefile
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert re.search(r"make demo\nmake test", readme)
