@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from numcodecs.zstd import Zstd
 PAGE = 4096
 MISSING = 2**64 - 1
 CRC_BYTES = 4
+POLYNOMIAL = 0x82F63B78
 
 
 def round_up(n_bytes: int) -> int:
@@ -31,6 +33,50 @@ def round_up(n_bytes: int) -> int:
 def crc32c(data: object) -> bytes:
     """Return the little-endian CRC32C of a bytes-like object, as Zarr's `crc32c` codec stores it."""
     return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def combine(first: int, second: int, n_bytes: int) -> int:
+    """Return the CRC32C of two pieces from theirs; `n_bytes` is the length of the second."""
+    return _advance(first, n_bytes) ^ second
+
+
+def _advance(crc: int, n_bytes: int) -> int:
+    """Return what a checksum contributes after `n_bytes` more bytes: a linear map over its 32 bits."""
+    columns = _advance_columns(n_bytes)
+    result, bit = 0, 0
+    while crc:
+        if crc & 1:
+            result ^= columns[bit]
+        crc >>= 1
+        bit += 1
+    return result
+
+
+@lru_cache(maxsize=64)
+def _advance_columns(n_bytes: int) -> tuple[int, ...]:
+    """Return where each of the 32 bits goes: the map of one zero byte, squared and multiplied (zlib's crc32_combine)."""
+    power = [_zero_byte(1 << bit) for bit in range(32)]
+    columns = [1 << bit for bit in range(32)]
+    while n_bytes:
+        if n_bytes & 1:
+            columns = [_apply(power, column) for column in columns]
+        power = [_apply(power, column) for column in power]
+        n_bytes >>= 1
+    return tuple(columns)
+
+
+def _apply(columns: Sequence[int], value: int) -> int:
+    result = 0
+    for bit in range(32):
+        if value >> bit & 1:
+            result ^= columns[bit]
+    return result
+
+
+def _zero_byte(crc: int) -> int:
+    for _ in range(8):
+        crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
+    return crc
 
 
 def page_buffer(n_bytes: int) -> np.ndarray:
@@ -141,10 +187,11 @@ class ShardWriter:
         if self._index[flat, 0] != MISSING:
             raise ValueError(f"chunk {tuple(index)} of {self.path.name} was written twice; each chunk is put once")
         stored = n_bytes + CRC_BYTES
-        row[n_bytes:stored] = np.frombuffer(crc32c(row[:n_bytes]), np.uint8)
+        check = int(google_crc32c.value(row[:n_bytes]))
+        row[n_bytes:stored] = np.frombuffer(check.to_bytes(4, "little"), np.uint8)
         row[stored:] = 0
         self._index[flat] = (offset, stored)
-        self._crc = int(google_crc32c.extend(self._crc, row))
+        self._crc = int(google_crc32c.extend(combine(self._crc, check, n_bytes), row[n_bytes:]))
 
     def _write(self, pages: np.ndarray, offset: int) -> None:
         view = memoryview(pages.data)

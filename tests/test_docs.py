@@ -28,8 +28,9 @@ def demo_run(tmp_path_factory):
 def test_scripts_read_a_run_without_headwater(demo_run, script):
     code = (ROOT / "docs" / script).read_text("utf-8")
     assert "headwater" not in "".join(line for line in code.splitlines() if "import" in line)
-    done = subprocess.run([sys.executable, "-W", "error", str(ROOT / "docs" / script), str(demo_run)],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "docs" / script), str(demo_run)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     assert len(done.stdout.splitlines()) >= 6 and "nan" not in done.stdout
@@ -41,7 +42,7 @@ def test_info_prints_a_snippet_that_works(demo_run, capsys):
     snippet = printed[printed.index("import xarray") :]
     lines = [line.strip() for line in snippet.splitlines()]
     names: dict = {}
-    exec("\n".join(lines[:-1] + [f"last = {lines[-1]}"]), names)
+    exec("\n".join([*lines[:-1], f"last = {lines[-1]}"]), names)
     assert names["last"].dims[0] == "depth"
 
 

@@ -41,8 +41,12 @@ def test_folders_import_only_what_they_may(folder):
 
 
 def test_ray_is_imported_in_one_module():
-    found = {str(path.relative_to(ROOT)) for folder in (*ALLOWED, "headwater") for path in (ROOT / folder).glob("*.py")
-             if any(name.split(".")[0] == "ray" for name in imports(path))}
+    found = {
+        str(path.relative_to(ROOT))
+        for folder in (*ALLOWED, "headwater")
+        for path in (ROOT / folder).glob("*.py")
+        if any(name.split(".")[0] == "ray" for name in imports(path))
+    }
     assert found <= {"extractor/ray_pool.py"}
 
 

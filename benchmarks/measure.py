@@ -1,0 +1,76 @@
+"""Measure fairly on a noisy machine: everything in one process, in turn, medians of several rounds, ratios."""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def interleave(cases: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
+    """Run every case once a round, in turn; return the seconds of each round, by case."""
+    if warm:
+        for case in cases.values():
+            case()
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            case()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], case: str, to: str) -> float:
+    """Return how many times faster `case` is than `to`: the median over rounds of the ratio within a round."""
+    return statistics.median(b / a for a, b in zip(seconds[case], seconds[to], strict=True))
+
+
+def gemm_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32) -> float:
+    """Return the FLOP/s that this machine reaches in one large matrix product: the limit of a forward pass."""
+    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
+    out = torch.empty(rows, columns, dtype=dtype)
+    best = min(_timed(lambda: torch.mm(a, b, out=out)) for _ in range(12))
+    return 2 * rows * inner * columns / best
+
+
+def machine() -> dict[str, str]:
+    """Name the machine and the software, for results files."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    return {
+        "date": date.today().isoformat(),
+        "processor": name,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+    }
+
+
+def write_csv(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
+    """Write dated results with the machine's name in every row; return the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{date.today().isoformat()}.csv"
+    full = [machine() | row for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(full[0]))
+        writer.writeheader()
+        writer.writerows(full)
+    return path
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

@@ -1,0 +1,17 @@
+"""The benchmarks by name: where each lives, and what it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+BENCHMARKS = {
+    "extract": ("bench_extract", "extraction to disk against forward passes that capture nothing"),
+    "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
+}
+
+
+def load(name: str) -> Callable[[list[str]], int]:
+    """Return a benchmark's main function."""
+    main: Callable[[list[str]], int] = import_module(f"headwater.benchmarks.{BENCHMARKS[name][0]}").main
+    return main

@@ -1,0 +1,42 @@
+"""Every benchmark runs, small, and prints what it promises; memory stays within the plan's projection."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from headwater.benchmarks import __main__ as benchmarks
+from headwater.benchmarks import bench_extract, bench_shard, measure
+from headwater.benchmarks.registry import BENCHMARKS, load
+
+
+def test_every_benchmark_explains_itself(capsys):
+    assert benchmarks.main([]) == 0
+    listed = capsys.readouterr().out
+    for name in BENCHMARKS:
+        assert name in listed
+        with pytest.raises(SystemExit) as stop:
+            load(name)(["--help"])
+        assert stop.value.code == 0 and "--save" in capsys.readouterr().out
+    assert benchmarks.main(["no-such-benchmark"]) == 2
+
+
+def test_extract_prints_ratios_and_memory_stays_within_projection(tmp_path):
+    rows = {row["case"]: row for row in bench_extract.run("tiny", 128, 4, 1, tmp_path)}
+    assert rows.keys() == {"transformers", "plain", "residual", "statistics", "patterns"}
+    for name, row in rows.items():
+        assert row["x_transformers"] > 0 and row["x_plain"] > 0 and 0 < row["of_gemm_rate"] < 2
+        if name in bench_extract.VARIANTS:
+            assert 0 < row["peak_MB"] <= row["projected_MB"]
+
+
+def test_shard_compares_five_ways(tmp_path):
+    rows = bench_shard.run(4, 1, tmp_path)
+    assert len(rows) == 5 and all(row["MB_per_second"] > 0 for row in rows)
+
+
+def test_results_carry_date_and_machine(tmp_path):
+    path = measure.write_csv("x", [{"case": "a", "ratio": 1.5}], tmp_path)
+    (row,) = csv.DictReader(path.open())
+    assert row["ratio"] == "1.5" and row["processor"] and row["date"] in path.name
