@@ -12,5 +12,5 @@ share = later.mean(["sequence", "query"])  # NaN at padding is left out
 print("attention on the first visible token, queries of the second half, mean by layer:")
 for layer, value in zip(run.layer.values, share.mean("head").values, strict=True):
     strongest = share.sel(layer=layer)
-    head = int(strongest.head[int(strongest.argmax())])
+    head = int(strongest.idxmax())
     print(f"  layer {layer}: {value:.3f}   strongest head {head}: {float(strongest.max()):.3f}")
