@@ -9,7 +9,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from headwater.extractor.sites import RESID_STATISTICS, SITES, VECTOR, Selection
+from headwater.extractor.selection import Selection
+from headwater.extractor.sites import RESID_STATISTICS, SITES, VECTOR
 from headwater.kernels.mask import RowBlock
 from headwater.store.layout import ArraySpec
 from headwater.store.writer import Part

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import os
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from headwater.extractor.sites import PRESETS, SITES, SQUARE, VECTOR, RequestError, Selection, split_names
-from headwater.store.layout import CODECS
-
-FLOATS = ("float16", "float32")
-COMPUTES = ("fp32", "bf16", "fp16")
+from headwater.extractor.selection import Selection
+from headwater.extractor.settings import TEXT_ONLY, flag_of, read_per_site, read_setting
+from headwater.extractor.sites import PRESETS, SITES, SQUARE, VECTOR, RequestError
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class RunConfig:
     the number of sequences that are committed together.
     """
 
-    out: str
+    out: str | os.PathLike[str]
     model: str = "demo"
     revision: str | None = None
-    text: tuple[str, ...] = ()
+    text: Sequence[str] = ()
     tokens: str | None = None
     preset: str = "residual"
-    sites: tuple[str, ...] = ()
+    sites: Sequence[str] = ()
     layers: str | None = None
     depths: str | None = None
     heads: str | None = None
@@ -43,7 +44,7 @@ class RunConfig:
     bos: bool = False
     tokenizer: str | None = None
     column: str | None = None
-    labels: tuple[str, ...] = ()
+    labels: Sequence[str] = ()
     jsonl: bool = False
     max_sequences: int | None = None
     max_tokens: int | None = None
@@ -57,41 +58,32 @@ class RunConfig:
     other_processor: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("preset", tuple(PRESETS)),
-            ("mode", ("pack", "document")),
-            ("compute", COMPUTES),
-            ("on_overflow", ("fail", "keep")),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
+        """Bring every value to its own type; raise RequestError for one that is wrong or of no use here."""
+        for item in fields(self):
+            value = read_setting(item.name, getattr(self, item.name), item.default is None)
+            object.__setattr__(self, item.name, value)
+        for item in fields(self) if self.tokens is not None else ():
+            if item.name in TEXT_ONLY and getattr(self, item.name) != item.default:
                 raise RequestError(
-                    f"--{name.replace('_', '-')} {value!r} is not known; expected one of {', '.join(allowed)}."
+                    f"{flag_of(item.name)} says how text becomes sequences, but --tokens gives them as they are. "
+                    "Leave one of them out."
                 )
-        for name in ("seq_len", "max_sequences", "max_tokens", "block", "top_k", "threads"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise RequestError(f"--{name.replace('_', '-')} is {value!r}; expected a whole number from 1 on.")
-        if self.block is not None and self.block & (self.block - 1):
-            raise RequestError(f"--block is {self.block}; expected a power of two, so that shards divide it.")
-        per_array(self.dtype, FLOATS, "dtype")
-        per_array(self.codec, tuple(CODECS), "codec")
 
     @property
     def requested(self) -> tuple[str, ...]:
         """The sites as asked for, by name or by preset."""
-        return self.sites or PRESETS[self.preset]
+        return tuple(self.sites) or PRESETS[self.preset]
 
     def dtype_of(self, site: str) -> str:
         """Return the stored dtype of a site: statistics are float32 unless they are named, integers int32."""
-        default, named = per_array(self.dtype, FLOATS, "dtype")
+        default, named = read_per_site(self.dtype, "dtype")
         if SITES[site].integer:
             return "int32"
         return named.get(site) or (default or "float16" if SITES[site].group in (VECTOR, SQUARE) else "float32")
 
     def codec_of(self, site: str) -> str:
         """Return the codec of a site's chunks."""
-        default, named = per_array(self.codec, tuple(CODECS), "codec")
+        default, named = read_per_site(self.codec, "codec")
         return named.get(site) or default or "none"
 
     def canonical(self, selection: Selection, seq_len: int, block: int) -> dict[str, Any]:
@@ -123,61 +115,48 @@ def fingerprint(canonical: Mapping[str, Any], weights_digest: str, tokens_digest
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def per_array(text: str, allowed: tuple[str, ...], what: str) -> tuple[str | None, dict[str, str]]:
-    """Read "default,site=value,…"; return the default (or None) and the exceptions."""
-    default, named = None, {}
-    for part in split_names(text):
-        site, equals, value = part.rpartition("=")
-        if value == "bfloat16":
-            raise RequestError(
-                f"--{what} {part!r}: zarr-python has no bfloat16, so runs do not store it. Use float16 "
-                "or float32 (bf16 can be the --compute)."
-            )
-        if value not in allowed:
-            raise RequestError(f"--{what} {part!r}: {value!r} is not known; expected one of {', '.join(allowed)}.")
-        if equals and site not in SITES:
-            raise RequestError(f"--{what} {part!r}: there is no site {site!r}; see `headwater sites`.")
-        if equals:
-            named[site] = value
-        else:
-            default = value
-    return default, named
+def make_config(flags: Mapping[str, Any], file: str | None = None, out: str | None = None) -> RunConfig:
+    """Merge a TOML file and flags; raise RequestError for what is wrong in either.
 
-
-def make_config(flags: Mapping[str, Any], file: str | None = None) -> RunConfig:
-    """Merge a TOML file and flags (flags win, None means not given); raise RequestError for unknown keys."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = tomllib.loads(Path(file).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise RequestError(
-                f"--config {file} cannot be read: {error}. It must be a TOML file whose keys are the "
-                "flags, such as seq_len = 512."
-            ) from error
-    values = {name.replace("-", "_"): value for name, value in values.items()}
-    known = {f.name for f in fields(RunConfig)}
-    if unknown := sorted(values.keys() - known):
-        raise RequestError(
-            f"--config {file}: {unknown[0]!r} is not a setting; expected some of {', '.join(sorted(known))}."
-        )
-    values |= {name: value for name, value in flags.items() if value is not None}
-    for name in ("text", "sites", "labels"):
-        if isinstance(values.get(name), str):
-            values[name] = split_names(values[name]) if name != "text" else (values[name],)
-        if name in values:
-            values[name] = tuple(values[name])
-    for name in ("dtype", "codec"):
-        if isinstance(values.get(name), Mapping):
-            values[name] = ",".join(f"{k}={v}" if k != "default" else v for k, v in values[name].items())
-    for name in ("layers", "depths", "heads", "positions"):
-        if isinstance(values.get(name), int):
-            values[name] = str(values[name])
+    Flags win; None means not given, and flags that are no setting are left out. A flag `preset` replaces the file's
+    `sites` too, and `text` its `tokens`. `out` is the default of `--out`, which otherwise must be there.
+    """
+    stored = {} if file is None else _read_toml(file)
+    settings = [item.name for item in fields(RunConfig)]
+    given = {name: value for name, value in flags.items() if value is not None and name in settings}
+    for pair in (("preset", "sites"), ("text", "tokens")):
+        for values, where in ((given, ""), (stored, f" in {file}")):
+            if all(name in values for name in pair):
+                raise RequestError(f"--{pair[0]} and --{pair[1]} were both given{where}; expected one of them.")
+        if any(name in given for name in pair):
+            stored = {name: value for name, value in stored.items() if name not in pair}
+    values = ({} if out is None else {"out": out}) | stored | given
     if "out" not in values:
         raise RequestError("--out is missing; name the directory of the run.")
-    return RunConfig(**values)
+    try:
+        return RunConfig(**values)
+    except RequestError as error:
+        named = re.match(r"--([a-z-]+)", str(error))
+        if named and named[1].replace("-", "_") in stored.keys() - given.keys():
+            raise RequestError(f"{error} (That is {named[1].replace('-', '_')} in {file}.)") from error
+        raise
 
 
-def with_out(config: RunConfig, out: str) -> RunConfig:
-    """Return the configuration with another place to write to."""
-    return replace(config, out=out)
+def _read_toml(file: str) -> dict[str, Any]:
+    """Return the settings in a TOML file; `seq-len` is the same as `seq_len`."""
+    try:
+        raw = tomllib.loads(Path(file).expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"--config {file} cannot be read: {error}. It must be a TOML file whose keys are the flags, such as "
+            "seq_len = 512."
+        ) from error
+    values = {name.replace("-", "_"): value for name, value in raw.items()}
+    known = [item.name for item in fields(RunConfig)]
+    for name in values.keys() - set(known):
+        near = difflib.get_close_matches(name, known, 1)
+        raise RequestError(
+            f"--config {file}: {name!r} is not a setting{f'; did you mean {near[0]!r}?' if near else '.'} Settings are "
+            f"the flags of `headwater extract`: {', '.join(known)}."
+        )
+    return values

@@ -18,7 +18,7 @@ from headwater.extractor.sites import RequestError
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
 from headwater.extractor.tokens import iter_token_rows
 from headwater.extractor.weights import Checkpoint, load_checkpoint
-from headwater.store.layout import ArraySpec
+from headwater.store.layout import ArraySpec, tile_edge
 from headwater.store.writer import Part
 
 
@@ -105,7 +105,7 @@ def capture(
 
 def run_in_memory(model: Model, plan: Plan, tokens: np.ndarray, row_start: np.ndarray) -> MemorySink:
     """Run rows of tokens as one batch and return the arrays of a plan."""
-    batch = make_batch(tokens, row_start)
+    batch = make_batch(tokens, row_start, tile_edge(tokens.shape[1]))
     sink = MemorySink(plan.arrays)
     specs = {spec.name: spec for spec in plan.arrays}
     tap = CaptureTap(plan.selection, specs, sink, plan.canonical["top_k"] or 1, keep_overflow=True)

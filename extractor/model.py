@@ -131,8 +131,8 @@ class Model:
         if not outputs:
             return
         n, length = batch.tokens.shape
-        loss = torch.full((n, length), math.nan)
-        logits_k = torch.empty(n, length, top)
+        loss = torch.full((n, length), math.nan, dtype=self.stream)
+        logits_k = torch.empty(n, length, top, dtype=self.stream)
         tokens_k = torch.empty(n, length, top, dtype=torch.int32)
         rows = self.workspace.get("logits", (min(LOGIT_ROWS, length), self.config.d_vocab), self.compute)
         for i in range(n):
@@ -140,7 +140,7 @@ class Model:
                 part = slice(first, min(first + LOGIT_ROWS, length))
                 logits = rows[: part.stop - first]
                 torch.mm(normed[i, part], self._head.T, out=logits)
-                exact = logits if self.stream == torch.float64 else logits.float()
+                exact = logits.to(self.stream)
                 if "loss" in outputs:
                     loss[i, part] = _next_token_loss(exact, batch.targets[i, part])
                 if len(outputs) > ("loss" in outputs):

@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from headwater.extractor.batch import attention_rows, padded
 from headwater.extractor.config import RunConfig
-from headwater.extractor.sites import SITES, RequestError, Selection, select
+from headwater.extractor.selection import Selection, select
+from headwater.extractor.sites import SITES, RequestError
+from headwater.extractor.units import show_bytes
 from headwater.extractor.weights import ModelConfig
 from headwater.kernels.cpu import STATISTICS
 from headwater.store.layout import ArraySpec, make_spec
+from headwater.store.manifest import PLAIN_CHUNK_BYTES
 from headwater.store.writer import ring_bytes
 
 BLOCK_TOKENS = 16384
 MICRO_TOKENS = 2048
 BASE_BYTES = 640 << 20
+METADATA_BYTES = 4096
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 
@@ -54,23 +59,39 @@ class Plan:
         return range(self.n_blocks)
 
     def array_bytes(self) -> dict[str, int]:
-        """Bytes on disk of each array, before a codec."""
+        """Bytes on disk of each array, shard indexes included, before a codec."""
         return {spec.name: spec.stored_bytes(self.n_sequences) for spec in self.arrays}
 
     @property
     def total_bytes(self) -> int:
-        """Bytes on disk of the whole run, before a codec."""
+        """Bytes on disk of the whole run, before a codec; tokenizer and table of documents are left out."""
         return sum(self.array_bytes().values()) + self.text_bytes
+
+    @property
+    def certain_bytes(self) -> int:
+        """Bytes on disk that no codec can make fewer."""
+        sizes = self.array_bytes()
+        return self.text_bytes + sum(sizes[spec.name] for spec in self.arrays if spec.codec == "none")
+
+    def heaviest(self) -> tuple[list[str], float]:
+        """Name the largest arrays that together make up half of the bytes, and their share."""
+        sizes, total, names = self.array_bytes(), self.total_bytes, list[str]()
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
+            names.append(name)
+            if sum(sizes[n] for n in names) >= total / 2:
+                break
+        return names, sum(sizes[n] for n in names) / total
 
 
 def geometry(config: RunConfig, model: ModelConfig, seq_len: int | None = None) -> Geometry:
     """Fix sequence length, block and micro-batch from the request and the model, never from the run's length."""
     length = seq_len or config.seq_len or model.n_ctx
     if length > model.n_ctx:
-        what = "the token rows have" if seq_len else "--seq-len is"
         raise RequestError(
-            f"{what} {length} positions, but the model has only {model.n_ctx} (n_ctx). Use "
-            f"--seq-len {model.n_ctx} or less."
+            f"the rows of --tokens have {length} positions, but the model has only {model.n_ctx} (n_ctx). Cut them."
+            if seq_len
+            else f"--seq-len is {length}, but the model has only {model.n_ctx} positions (n_ctx). Use {model.n_ctx} or "
+            "less; longer documents are cut into rows."
         )
     block = config.block or _power_of_two(BLOCK_TOKENS // length)
     return Geometry(length, block, min(block, _power_of_two(MICRO_TOKENS // length)))
@@ -86,25 +107,36 @@ def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequence
     arrays = tuple(_spec(site, config, model, selection, shape, n_sequences) for site in selection.sites)
     canonical = config.canonical(selection, shape.seq_len, shape.block)
     host = host_bytes(config, model, selection, shape, arrays)
-    text = n_sequences * (8 * shape.seq_len + 32)
-    return Plan(model, selection, shape, arrays, n_sequences, canonical, host, text)
+    return Plan(model, selection, shape, arrays, n_sequences, canonical, host, text_bytes(arrays, shape, n_sequences))
 
 
-def check_resources(plan: Plan, out: Path, already: int = 0) -> None:
-    """Refuse a run that the disk or the memory cannot hold, with both numbers."""
-    needed, free = plan.total_bytes - already, free_disk(out)
-    if needed > free and not any(spec.codec != "none" for spec in plan.arrays):
+def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int) -> int:
+    """Project the bytes of what is not an activation: tokens and the like, `complete`, metadata, the ledger."""
+    n_blocks, total = -(-n_sequences // shape.block), 0
+    for width in (4 * shape.seq_len, 4 * shape.seq_len, 4, 8, 8):
+        rows = min(max(PLAIN_CHUNK_BYTES // width, 1), n_sequences)
+        total += -(-n_sequences // rows) * (rows * width + 4)
+    shards = sum(len(spec.block_shards(0, shape.block)) for spec in arrays)
+    return total + n_blocks * (shape.block + 4 + 512 + 80 * shards) + METADATA_BYTES * (16 + len(arrays))
+
+
+def check_resources(plan: Plan, out: Path, done: float = 0.0) -> None:
+    """Refuse a run that the disk or the memory cannot hold, with both numbers; `done` is the share that is there.
+
+    An array with a codec does not count, since nobody knows what is left of it.
+    """
+    needed, free = int(plan.certain_bytes * (1 - done)), free_disk(out)
+    if needed > free:
         raise RequestError(
-            f"the run needs {show_bytes(needed)} on disk, but {out} has {show_bytes(free)} free. Ask "
-            "for fewer sites, layers or sequences (--preset statistics is about 85 times smaller than "
+            f"the run needs {show_bytes(needed)} on disk, but the disk of {out} has {show_bytes(free)} free. "
+            "Ask for fewer sites, layers or sequences (--preset statistics is about 85 times smaller than "
             "patterns), or choose another --out."
         )
     memory = available_memory()
     if plan.host_bytes > memory:
         raise RequestError(
-            f"the run needs {show_bytes(plan.host_bytes)} of memory, but {show_bytes(memory)} are "
-            f"available. Use a smaller --block than {plan.geometry.block}, a smaller model, or fewer "
-            "sites."
+            f"the run needs {show_bytes(plan.host_bytes)} of memory, but {show_bytes(memory)} are available. Use a "
+            f"smaller --block than {plan.geometry.block}, fewer sites, or a smaller model, or end other programs."
         )
 
 
@@ -113,7 +145,7 @@ def host_bytes(
 ) -> int:
     """Project the peak memory of extraction in one process, in bytes: the sum of what is allocated, rounded up."""
     d, wide, item = model.d_model, padded(shape.seq_len), COMPUTE_BYTES[config.compute]
-    n_weights = sum(_size(s) for s in model.shapes().values())
+    n_weights = sum(prod(s) for s in model.shapes().values())
     weights = 4 * n_weights + (item * n_weights if config.compute != "fp32" else 0)
     weights += model.d_vocab * d * (item if config.compute != "fp32" else 0)
     stream = 4 * shape.block * wide * d
@@ -140,26 +172,26 @@ def free_disk(out: Path) -> int:
 def available_memory() -> int:
     """Return the bytes of memory that can be used without swapping, within the container's limit."""
     try:
-        with open("/proc/meminfo") as file:
-            table = dict(line.split(":") for line in file)
-        free = int(table["MemAvailable"].split()[0]) * 1024
+        free = _table("/proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, KeyError):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(free, _room("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+               _room("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+               )  # fmt: skip
+
+
+def _room(folder: str, limit: str, used: str, cached: str) -> int:
+    """Return what a control group leaves; its cache of files is given back when memory is short."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as file, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(file.read()) - int(used.read()))
+        most, now = (int(Path(folder, name).read_text()) for name in (limit, used))
+        return max(most - now + _table(f"{folder}/memory.stat").get(cached, 0), 0)
     except (OSError, ValueError):
-        pass
-    return free
+        return 1 << 62
 
 
-def show_bytes(n: float) -> str:
-    """Write a number of bytes for people: 1.5 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
+def _table(path: str) -> dict[str, int]:
+    """Read a file of lines that hold a name and a number."""
+    return {name: int(value) for name, value, *_ in map(str.split, Path(path).read_text().splitlines())}
 
 
 def _spec(
@@ -184,10 +216,3 @@ def _spec(
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n, 1).bit_length() - 1
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ from headwater.extractor.config import RunConfig
 from headwater.extractor.model import Model
 from headwater.extractor.plan import Geometry, Plan, check_resources, geometry, make_plan
 from headwater.extractor.sites import RequestError
-from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, text_request
+from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, outside, text_request
 from headwater.extractor.texts import STDIN, describe_sources, expand_paths
 from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
 from headwater.extractor.worker import Worker
+from headwater.store.files import make_directories, sync_directory
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.lock import hold, probe
-from headwater.store.manifest import Manifest, RunError, manifest_path, read_manifest
+from headwater.store.manifest import Manifest, RunError, check_target, manifest_path, read_manifest, settle
 from headwater.store.reader import Run, open_run
 
 
@@ -48,7 +51,7 @@ def plan_run(config: RunConfig) -> Plan:
     model, place = read_config(config.model, config.revision), hub.locate(config.model, config.revision)
     source = Source(config, model, hub.find_tokenizer(place.parent if place.is_file() else place))
     make_plan(config, model, source.geometry, 1)
-    return make_plan(config, model, source.geometry, max(count_rows(source), 1))
+    return make_plan(config, model, source.geometry, count_rows(source))
 
 
 def extract(config: RunConfig, observe: Observer | None = None) -> Run:
@@ -59,16 +62,22 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     """
     observe = observe or (lambda progress: None)
     run = Path(config.out)
-    if manifest_path(run).exists():
+    check_target(run)
+    started = manifest_path(run).exists()
+    if started:
         config = _stored_request(config, run)
     checkpoint = load_checkpoint(config.model, config.revision)
-    if not manifest_path(run).exists():
+    if not started:
         _check_before(config, checkpoint, run)
-    run.mkdir(parents=True, exist_ok=True)
+    elif _finished(manifest := check_same(config, checkpoint, run), run):
+        observe(Progress("blocks", manifest.n_blocks, manifest.n_blocks))
+        return open_run(run)
+    made = _make_directory(run)
     with hold(run), _threads(config.threads):
+        settle(run)
         probe(run)
         if manifest_path(run).exists():
-            manifest = check_same(config, checkpoint, run)
+            manifest = manifest if started else check_same(config, checkpoint, run)
         else:
             text = Progress("text")
 
@@ -76,9 +85,35 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
                 text.rows = n
                 observe(text)
 
-            manifest = commit_text(config, checkpoint, run, rows)
+            try:
+                manifest = commit_text(config, checkpoint, run, rows)
+            except ValueError:
+                _remove_directory(run, made)
+                raise
         _compute(config, checkpoint, run, manifest, observe)
     return open_run(run)
+
+
+def _make_directory(run: Path) -> list[Path]:
+    """Make the directory of a run; return the directories that were not there, the innermost first."""
+    missing = [path for path in (run, *run.parents) if not path.exists()]
+    try:
+        for parent in make_directories(run):
+            sync_directory(parent)
+    except OSError as error:
+        raise RunError(f"--out {run} cannot be made ({error.strerror}: {error.filename}). Name another directory.") from error
+    if not os.access(run, os.W_OK | os.X_OK):
+        raise RunError(f"--out {run} may not be written by you. Name another directory, or change its permissions.")
+    return missing
+
+
+def _remove_directory(run: Path, made: list[Path]) -> None:
+    """Take back what a refused request made; `made` are the directories that were not there before."""
+    if not manifest_path(run).exists():
+        shutil.rmtree(run / "headwater", ignore_errors=True)
+        for directory in made:
+            with suppress(OSError):
+                directory.rmdir()
 
 
 def check_same(config: RunConfig, checkpoint: Checkpoint, run: Path) -> Manifest:
@@ -120,13 +155,13 @@ def plan_of(config: RunConfig, checkpoint: Checkpoint, manifest: Manifest) -> Pl
 def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, observe: Observer) -> None:
     plan = plan_of(config, checkpoint, manifest)
     ledger = Ledger(run, manifest.fingerprint)
-    committed = ledger.committed()
+    committed = {entry.block for entry in ledger.entries()}
     progress = Progress("blocks", manifest.n_blocks, len(committed))
     observe(progress)
     missing = [block for block in plan.blocks if block not in committed]
     if not missing:
         return
-    check_resources(plan, run, already=sum(plan.array_bytes().values()) * len(committed) // plan.n_blocks)
+    check_resources(plan, run, done=len(committed) / plan.n_blocks)
     worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
     _clear_temporary(run)
     try:
@@ -142,14 +177,15 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
         worker.close()
 
 
+def _finished(manifest: Manifest, run: Path) -> bool:
+    """Say whether every block is committed; raise LedgerError for an entry that cannot be trusted."""
+    return {entry.block for entry in Ledger(run, manifest.fingerprint).entries()} >= set(range(manifest.n_blocks))
+
+
 def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Path) -> None:
     """Refuse what is wrong with a request before a directory is made."""
     source = Source(config, checkpoint.config, checkpoint.tokenizer)
-    plan = make_plan(config, checkpoint.config, source.geometry, config.max_sequences or 1)
-    if plan.n_sequences == 1:
-        check_resources(plan, run)
-    if run.exists() and not run.is_dir():
-        raise RunError(f"--out {run} is a file; name a directory that does not exist yet, or a run to resume.")
+    check_resources(make_plan(config, checkpoint.config, source.geometry, 1), run)
 
 
 def _stored_request(config: RunConfig, run: Path) -> RunConfig:
@@ -159,13 +195,16 @@ def _stored_request(config: RunConfig, run: Path) -> RunConfig:
     m = read_manifest(run)
     c = m.config
     text: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in m.text["request"].items()}
-    listed: dict[str, Any] = {k: ",".join(map(str, c[k])) for k in ("layers", "depths", "heads")}
+    sizes = m.model["config"]
+    whole = {"layers": sizes["n_layer"], "depths": sizes["n_layer"] + 1, "heads": sizes["n_head"]}
+    listed: dict[str, Any] = {k: ",".join(map(str, c[k])) for k, size in whole.items() if len(c[k]) < size}
     positions = c["positions"]
     return replace(
         config, model=m.model["name"], revision=m.model["revision"], sites=tuple(c["sites"]), **listed,
         positions=None if positions is None else "last" if positions == [-1] else ",".join(map(str, positions)),
-        seq_len=c["seq_len"], compute=c["compute"], block=c["block"], on_overflow=c["on_overflow"],
-        dtype=",".join(f"{site}={dtype}" for site, dtype in c["dtype"].items() if dtype != "int32"),
+        seq_len=c["seq_len"] if text["text"] else None, compute=c["compute"], block=c["block"],
+        on_overflow=c["on_overflow"],
+        dtype=",".join(f"{site}={dtype}" for site, dtype in c["dtype"].items() if dtype != "int32") or config.dtype,
         codec=",".join(f"{site}={codec}" for site, codec in c["codec"].items()), top_k=c["top_k"] or config.top_k,
         **text,
     )  # fmt: skip
@@ -183,7 +222,7 @@ def _check_sources(config: RunConfig, manifest: Manifest) -> None:
             )
     if config.text and "-" not in config.text:
         try:
-            added = [str(p) for p in expand_paths(config.text) if str(p) not in stored]
+            added = [str(p) for p in outside(Path(config.out), expand_paths(config.text)) if str(p) not in stored]
         except ValueError:
             added = []
         if added:

@@ -1,12 +1,11 @@
-"""The sites: what can be captured, under which names, with which dimensions, and how a request selects them."""
+"""The sites: what can be captured, under which names and with which dimensions."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from headwater.extractor.weights import ModelConfig
 
 VECTOR, SQUARE, STATISTIC = "vector", "square", "statistic"
 LEADING = ("depth", "layer")
@@ -137,14 +136,28 @@ PRESETS = {
     "statistics": _STATISTICS,
     "all": tuple(SITES),
 }
-_ALIASES = {
-    "resid_pre": ("resid", 0), "hook_resid_pre": ("resid", 0), "resid_post": ("resid", 1),
-    "hook_resid_post": ("resid", 1), "scale": ("ln_final_scale", 0), "ln_final.hook_scale": ("ln_final_scale", 0),
-    "hook_embed_sum": ("resid", 0), "ln1.hook_scale": ("ln1_scale", 0), "ln2.hook_scale": ("ln2_scale", 0),
-    "mlp.hook_pre": ("mlp_pre", 0), "mlp.hook_post": ("mlp_post", 0), "attn.hook_attn_scores": ("attn_scores", 0),
+_SHORT = {
+    "pre": "mlp_pre", "post": "mlp_post", "mid": "resid_mid", "attn": "pattern", "attn_logits": "attn_scores",
+    "scale": "ln_final_scale",
 }  # fmt: skip
-_HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
-_INDEXED = re.compile(r"(\w+)(?:\.(\d+)|\[(\d+)\])")
+_INDEXED = re.compile(r"(.+?)(?:\.(\d+)|\[(\d+)\])")
+
+
+def _hooks() -> dict[str, tuple[str, int]]:
+    """Map TransformerLens's hook names, without `blocks.N.`, to a site and what is added to N."""
+    hooks = {site.alias.removeprefix("blocks.{}."): (site.name, 0) for site in _ALL if site.alias}
+    return hooks | {"hook_resid_post": ("resid", 1)}
+
+
+def _names() -> dict[str, tuple[str, int]]:
+    """Map every name that stands without `blocks.N.` to a site and what is added to an index behind it."""
+    names = {name.rpartition("hook_")[2]: place for name, place in _HOOKS.items() if "ln" not in name}
+    names |= {f"hook_{name}": place for name, place in names.items()} | _HOOKS
+    return names | {short: (site, 0) for short, site in _SHORT.items()} | {site: (site, 0) for site in SITES}
+
+
+_HOOKS = _hooks()
+_NAMES = _names()
 
 
 class RequestError(ValueError):
@@ -157,116 +170,23 @@ def parse_site(text: str) -> tuple[str, int | None]:
     Returns the site and the depth or layer that the name carries, or None: `blocks.3.hook_resid_post`,
     `resid_post.3` and `resid.4` all give ("resid", 4). Raises RequestError for a name that is not known.
     """
-    name, index = text.strip(), None
-    if hook := _HOOK.fullmatch(name):
-        index, name = int(hook[1]), hook[2]
+    name, index, known = text.strip(), None, _NAMES
+    if hook := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        index, name, known = int(hook[1]), hook[2], _HOOKS
     elif indexed := _INDEXED.fullmatch(name):
         index, name = int(indexed[2] or indexed[3]), indexed[1]
-    site, shift = _ALIASES.get(name, ("", 0))
-    if not site:
-        site = name.removeprefix("attn.").removeprefix("mlp.").removeprefix("hook_")
-    if site not in SITES:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
         raise RequestError(
-            f"there is no site {text!r}. Sites are {', '.join(SITES)}; TransformerLens names such as "
-            "'blocks.3.hook_resid_post' or 'pattern.5' work too. See `headwater sites`."
+            f"there is no site {text!r}{f'; did you mean {near[0]!r}?' if near else '.'} Sites are {', '.join(SITES)}; "
+            "TransformerLens names such as 'blocks.3.hook_resid_post' or 'pattern.5' work too. See `headwater sites`."
         )
+    site, shift = known[name]
     if shift and index is None:
         raise RequestError(f"{text!r} needs its layer, as in {text}.3; for all depths ask for 'resid'.")
     if index is not None and SITES[site].axis is None:
         raise RequestError(f"{text!r} names a layer, but {site} has none. Ask for {site!r}.")
     return site, None if index is None else index + shift
-
-
-def parse_indices(text: str, size: int, what: str) -> tuple[int, ...]:
-    """Read a selection such as `0,4:8,-1` over `size` items; ranges are half-open, as in Python.
-
-    Returns increasing indices. Raises RequestError for anything out of range, empty or malformed.
-    """
-    chosen: set[int] = set()
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(-?\d+)?\s*(?:(:)\s*(-?\d+)?\s*(?::\s*(\d+))?)?\s*", part)
-        if match is None or not part.strip() or match[4] == "0":
-            raise RequestError(f"--{what} {text!r}: {part!r} is not an index or a range; expected for example 0,4:8.")
-        if match[2]:
-            start, stop = (int(g) if g else None for g in (match[1], match[3]))
-            for bound in (start, stop):
-                if bound is not None and not -size <= bound <= size:
-                    raise RequestError(
-                        f"--{what} {text!r}: {bound} is out of range; there are {size} {what}, 0 to {size - 1}."
-                    )
-            chosen.update(range(size)[start : stop : int(match[4] or 1)])
-        else:
-            index = int(match[1])
-            if not -size <= index < size:
-                raise RequestError(
-                    f"--{what} {text!r}: {index} is out of range; there are {size} {what}, 0 to {size - 1}."
-                )
-            chosen.add(index % size)
-    if not chosen:
-        raise RequestError(f"--{what} {text!r} selects nothing of {size} {what}; name at least one.")
-    return tuple(sorted(chosen))
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which sites, and which of their layers, depths, heads and positions; `last` is the position −1."""
-
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    positions: tuple[int, ...] | None
-
-    def along(self, axis: str | None) -> tuple[int, ...]:
-        """Return the selected indices of a leading dimension; (0,) for sites without one."""
-        return {"layer": self.layers, "depth": self.depths, None: (0,)}[axis]
-
-
-def select(
-    config: ModelConfig,
-    n_positions: int,
-    sites: Sequence[str],
-    layers: str | None = None,
-    depths: str | None = None,
-    heads: str | None = None,
-    positions: str | None = None,
-) -> Selection:
-    """Resolve a request against a model and a sequence length; raise RequestError where they do not fit.
-
-    A site named with its layer or depth (`pattern.5`) selects that layer for every site of the request, and cannot be
-    combined with `layers` or `depths`.
-    """
-    if not sites:
-        raise RequestError("no site was asked for; name some with --sites or take a --preset.")
-    parsed = [parse_site(text) for text in sites]
-    names = tuple(name for name in SITES if name in {name for name, _ in parsed})
-    chosen = {"layer": layers, "depth": depths}
-    for axis in LEADING:
-        carried = {index for name, index in parsed if SITES[name].axis == axis and index is not None}
-        bare = [name for name, index in parsed if SITES[name].axis == axis and index is None]
-        if carried and (bare or chosen[axis] is not None):
-            other = f"--{axis}s" if chosen[axis] is not None else repr(bare[0])
-            raise RequestError(
-                f"a site named with its {axis} cannot be combined with {other}, because all sites share "
-                f"one selection of {axis}s. Use --{axis}s for all of them."
-            )
-        if carried:
-            chosen[axis] = ",".join(map(str, sorted(carried)))
-    return Selection(
-        names,
-        parse_indices(chosen["layer"] or ":", config.n_layer, "layers"),
-        parse_indices(chosen["depth"] or ":", config.n_layer + 1, "depths"),
-        parse_indices(heads or ":", config.n_head, "heads"),
-        _positions(positions, n_positions),
-    )
-
-
-def _positions(text: str | None, n_positions: int) -> tuple[int, ...] | None:
-    if text is None or text.strip() == ":":
-        return None
-    if text.strip() == "last":
-        return (-1,)
-    return parse_indices(text, n_positions, "positions")
 
 
 def split_names(text: str | Iterable[str]) -> tuple[str, ...]:

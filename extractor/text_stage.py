@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from headwater.extractor.sites import RequestError
 from headwater.extractor.texts import STDIN, Tally, describe_sources, expand_paths, iter_documents
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
 from headwater.extractor.tokens import DocumentWriter, Packing, RowBatch, iter_rows, iter_token_rows, sequence_labels
+from headwater.extractor.units import count
 from headwater.extractor.weights import Checkpoint, ModelConfig
 from headwater.store.files import to_json
 from headwater.store.layout import array_metadata
@@ -26,6 +28,7 @@ from headwater.store.manifest import (
     Manifest,
     PlainArray,
     clear_unfinished,
+    manifest_path,
     mark_unfinished,
     write_coordinate,
     write_manifest,
@@ -33,6 +36,10 @@ from headwater.store.manifest import (
     write_static,
 )
 
+FILES = ("zarr.json", "documents.parquet", "documents.parquet.loose", "tokenizer.json")
+COORDINATES = (
+    "layer", "depth", "head", "position", "query", "key", "selected_position", "depth_fraction", "layer_fraction",
+)  # fmt: skip
 TEXT_ARRAYS = ("tokens", "length", "row_start", "document", "offset")
 
 
@@ -64,7 +71,7 @@ class Source:
             )
         self.tokenizer = load_tokenizer(home)
         self.packing = self._packing(self.tokenizer)
-        self.paths = expand_paths(config.text)
+        self.paths = outside(Path(config.out), expand_paths(config.text))
 
     def rows(self, table: DocumentWriter | None = None) -> Iterator[RowBatch]:
         """Yield the rows in order, checked against the model's vocabulary."""
@@ -127,8 +134,23 @@ def text_request(config: RunConfig) -> dict[str, Any]:
 
 
 def count_rows(source: Source) -> int:
-    """Count the rows of a request without keeping them."""
-    return sum(len(batch.tokens) for batch in source.rows())
+    """Count the rows of a request without keeping them; raise RequestError where there is none."""
+    return _not_empty(sum(len(batch.tokens) for batch in source.rows()), source)
+
+
+def _not_empty(n: int, source: Source) -> int:
+    if n == 0:
+        raise RequestError(
+            f"the text holds no tokens ({count(source.tally.skipped, 'empty document')}). Name other files, or another "
+            "--column."
+        )
+    return n
+
+
+def outside(run: Path, paths: Sequence[Path]) -> list[Path]:
+    """Leave out what lies in the run itself, so that a run can be made inside the directory of its text."""
+    home = os.path.abspath(run) + os.sep
+    return [path for path in paths if not os.path.abspath(path).startswith(home)]
 
 
 def commit_text(
@@ -139,13 +161,15 @@ def commit_text(
     `progress` is called with the number of rows so far.
     """
     source = Source(config, checkpoint.config, checkpoint.tokenizer)
-    make_plan(config, checkpoint.config, source.geometry, 1)
+    plan = make_plan(config, checkpoint.config, source.geometry, 1)
     clear_unfinished(run)
-    mark_unfinished(run)
+    names = [*FILES, *TEXT_ARRAYS, *COORDINATES, *(f"label_{name}" for name in config.labels), "complete"]
+    mark_unfinished(run, names + [spec.name for spec in plan.arrays])
     try:
         return _commit(config, checkpoint, source, run, progress)
     except Exception:
-        clear_unfinished(run)
+        if not manifest_path(run).exists():
+            clear_unfinished(run)
         raise
 
 
@@ -156,11 +180,7 @@ def _commit(
     arrays = _text_arrays(run, source.geometry.seq_len)
     table = DocumentWriter(run / "documents.parquet", config.labels) if source.tokenizer else None
     _spool(source, table, arrays, progress)
-    n = arrays["tokens"].n
-    if n == 0:
-        raise RequestError(
-            f"the text holds no tokens ({source.tally.skipped} empty documents). Name other files, or another --column."
-        )
+    n = _not_empty(arrays["tokens"].n, source)
     plan = make_plan(config, checkpoint.config, source.geometry, n)
     check_resources(plan, run)
     metadata = {name: array.close() for name, array in arrays.items()}
@@ -290,17 +310,18 @@ def _note(run: Path, path: str, statics: dict[str, list[int]]) -> None:
 def _coordinates(run: Path, plan: Plan, statics: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
     """Write the coordinate of every dimension that the run's arrays have."""
     s, n_layer, length = plan.selection, plan.model.n_layer, plan.geometry.seq_len
-    values: dict[str, tuple[str, Sequence[float]]] = {
-        "layer": ("layer", s.layers),
-        "depth": ("depth", s.depths),
-        "head": ("head", s.heads),
-        "position": ("position", range(length)),
-        "query": ("query", range(length)),
-        "key": ("key", range(length)),
-        "selected_position": ("selected_position", s.positions or ()),
-        "depth_fraction": ("depth", [d / n_layer for d in s.depths]),
-        "layer_fraction": ("layer", [(layer + 0.5) / n_layer for layer in s.layers]),
+    indices: dict[str, Sequence[float]] = {
+        "layer": s.layers,
+        "depth": s.depths,
+        "head": s.heads,
+        "position": range(length),
+        "query": range(length),
+        "key": range(length),
+        "selected_position": s.positions or (),
+        "depth_fraction": [d / n_layer for d in s.depths],
+        "layer_fraction": [(layer + 0.5) / n_layer for layer in s.layers],
     }
+    values = {name: (name.removesuffix("_fraction"), indices[name]) for name in COORDINATES}
     used = {"position"} | {dim for spec in plan.arrays for dim in spec.dims}
     return {
         name: write_coordinate(run, name, dim, list(v), statics) for name, (dim, v) in values.items() if dim in used

@@ -15,7 +15,8 @@ from headwater.extractor.batch import Batch, make_batch, padded
 from headwater.extractor.capture import CaptureTap
 from headwater.extractor.model import Model
 from headwater.extractor.plan import Plan
-from headwater.extractor.sites import SITES, Selection
+from headwater.extractor.selection import Selection
+from headwater.extractor.sites import SITES
 from headwater.store.layout import tile_edge
 from headwater.store.ledger import Entry
 from headwater.store.manifest import Manifest

@@ -1,61 +1,130 @@
-"""Show the progress of an extraction: one line that is redrawn on a terminal, a plain line now and then elsewhere."""
+"""Show progress: one line that is redrawn on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from headwater.extractor.plan import show_bytes
-from headwater.extractor.run import Progress
+from headwater.extractor.units import count, show_bytes
+
+if TYPE_CHECKING:
+    from headwater.extractor.run import Progress
 
 PLAIN_SECONDS = 10.0
+REDRAW_SECONDS = 0.1
+
+
+class Line:
+    """A line on a stream. A stream that cannot be written any more is left alone."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._terminal = stream is not None and stream.isatty()
+        self._last, self._open = 0.0, False
+
+    def show(self, text: str, always: bool = False) -> None:
+        """Show a text, if the last one is old enough or this one must be seen."""
+        now = time.perf_counter()
+        if not always and now - self._last < (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
+            return
+        self._last, self._open = now, self._terminal
+        self._write(f"\r\x1b[K{text[: self._width()]}" if self._terminal else f"{text}\n")
+
+    def close(self) -> None:
+        """End the line."""
+        if self._open:
+            self._write("\n")
+        self._open = False
+
+    def _write(self, text: str) -> None:
+        try:
+            if self._stream is not None:
+                self._stream.write(text)
+                self._stream.flush()
+        except (OSError, ValueError):
+            self._stream = None
+
+    def _width(self) -> int:
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns if self._stream else 0
+        except (OSError, ValueError):
+            columns = 0
+        return (columns or 80) - 1
 
 
 class Reporter:
     """An observer of `extract` that writes to a stream."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._terminal = stream, stream.isatty()
-        self._last, self._open, self._begun = 0.0, False, 0
+    def __init__(self, stream: TextIO | None) -> None:
+        self._line = Line(stream)
+        self._begun = 0
+        self._seen: Progress | None = None
+
+    @property
+    def computing(self) -> bool:
+        """Whether the text is committed and blocks are under way."""
+        return self._seen is not None and self._seen.phase == "blocks"
+
+    def kept(self, run: str) -> str:
+        """Say what of a run is kept when it stops now."""
+        if not self.computing or self._seen is None:
+            return "Nothing was computed yet: run the same command again to start over."
+        return (
+            f"{self._seen.done:,} of {count(self._seen.n_blocks, 'block')} are kept in {run}: run the same command "
+            "again to go on."
+        )
 
     def __call__(self, progress: Progress) -> None:
-        now = time.perf_counter()
-        final = progress.phase == "blocks" and progress.done == progress.n_blocks
-        if not self._terminal and not final and now - self._last < PLAIN_SECONDS:
-            return
-        self._last = now
+        first = self._seen is None or self._seen.phase != progress.phase
+        self._seen = progress
         if progress.phase == "text":
-            self._show(f"reading text: {progress.rows} sequences")
-            return
-        if progress.entry is None:
+            self._line.show(f"reading text: {count(progress.rows, 'sequence')}", first)
+        elif progress.entry is None:
             self._begun = progress.done
-            self._show(
-                f"{progress.done} of {progress.n_blocks} blocks are done already"
-                if progress.done
-                else f"{progress.n_blocks} blocks"
-            )
-            return
-        seconds = max(now - progress.started, 1e-9)
+            self._line.show(_beginning(progress), True)
+        else:
+            self._line.show(self._rates(progress), progress.done == progress.n_blocks)
+
+    def close(self) -> None:
+        """End the line."""
+        self._line.close()
+
+    def _rates(self, progress: Progress) -> str:
+        seconds = max(time.perf_counter() - progress.started, 1e-9)
         left = seconds / max(progress.done - self._begun, 1) * (progress.n_blocks - progress.done)
-        self._show(
-            f"{_bar(progress.done / progress.n_blocks)} {progress.done}/{progress.n_blocks} blocks  "
+        return (
+            f"{_bar(progress.done / progress.n_blocks)} {progress.done:,}/{count(progress.n_blocks, 'block')}  "
             f"{progress.n_tokens / seconds:,.0f} tokens/s  {show_bytes(progress.n_bytes / seconds)}/s  "
             f"{_clock(seconds)} gone, {_clock(left)} left"
         )
 
+
+class ByteReporter:
+    """Count bytes from several threads."""
+
+    def __init__(self, stream: TextIO | None, verb: str) -> None:
+        self._line, self._verb, self._lock = Line(stream), verb, threading.Lock()
+        self._total, self._begun = 0, time.perf_counter()
+
+    def __call__(self, n_bytes: int) -> None:
+        with self._lock:
+            self._total += n_bytes
+            seconds = max(time.perf_counter() - self._begun, 1e-9)
+            if seconds > 1:
+                self._line.show(f"{self._verb} {show_bytes(self._total)}, {show_bytes(self._total / seconds)}/s")
+
     def close(self) -> None:
         """End the line."""
-        if self._open:
-            self._stream.write("\n")
-            self._open = False
+        self._line.close()
 
-    def _show(self, text: str) -> None:
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{text}")
-            self._open = True
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+
+def _beginning(progress: Progress) -> str:
+    if progress.done == progress.n_blocks:
+        return f"nothing to do: {count(progress.n_blocks, 'block')} done already"
+    already = f", {progress.done:,} done already" if progress.done else ""
+    return f"{count(progress.n_blocks, 'block')}{already}"
 
 
 def _bar(share: float, width: int = 20) -> str:

@@ -1,13 +1,14 @@
 """Attention on a CPU that gives its pattern, or its statistics, back: row blocks whose work buffer is the pattern.
 
 Block i of the queries is computed only against its first i + 1 blocks of keys, so half of the square is never
-touched. Scores, softmax and statistics are float32 whatever the inputs are.
+touched. Scores, softmax and statistics have the dtype of q, k and v: float32, or float64 for a reference.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -16,6 +17,7 @@ from headwater.kernels.workspace import Workspace
 
 ROW_STATISTICS = ("attn_entropy", "attn_max", "attn_argmax", "attn_sink", "attn_distance", "attn_self", "attn_prev")
 STATISTICS = (*ROW_STATISTICS, "attn_received")
+PEAK_STATISTICS = {"attn_entropy", "attn_max", "attn_argmax"}
 OnRows = Callable[[int, RowBlock, torch.Tensor], None]
 
 
@@ -35,7 +37,7 @@ def attend(
 ) -> None:
     """Write softmax(scale · q kᵀ) v into `z_BTNH`, and what was asked for besides.
 
-    `blocks` are the row blocks of each sequence. Each wanted statistic is a tensor [B, N, T] to fill (float32,
+    `blocks` are the row blocks of each sequence. Each wanted statistic is a tensor [B, N, T] to fill (of q's dtype,
     `attn_argmax` int32). `on_pattern(b, block, pattern_NQK)` sees each row block of probabilities, `on_scores` the
     scores with −inf at hidden keys; both tensors are reused after the call. Rows that see no key have z = 0, a
     pattern of zeros and argmax −1.
@@ -45,8 +47,6 @@ def attend(
         wanted["attn_received"].zero_()
     for b in range(q_BTNH.shape[0]):
         q, k, v = (x[b].transpose(0, 1) for x in (q_BTNH, k_BTNH, v_BTNH))
-        if wanted.keys() & {"attn_entropy", "attn_distance"}:
-            v = _widen(v, k, workspace)
         for block in blocks[b]:
             _attend_rows(b, block, q, k, v, z_BTNH, scale, row_start_BT[b], workspace, wanted, on_scores, on_pattern)
 
@@ -56,7 +56,7 @@ def _attend_rows(
     block: RowBlock,
     q_NTH: torch.Tensor,
     k_NTH: torch.Tensor,
-    v_NTW: torch.Tensor,
+    v_NTH: torch.Tensor,
     z_BTNH: torch.Tensor,
     scale: float,
     row_start_T: torch.Tensor,
@@ -69,25 +69,25 @@ def _attend_rows(
     n_rows, n_keys = block.last - block.first, block.last - block.key
     rows, keys = slice(block.first, block.last), slice(block.key, block.last)
     q = q_NTH[:, rows]
-    pattern = workspace.get("pattern", (n_head, n_rows, n_keys))
+    pattern = workspace.get("pattern", (n_head, n_rows, n_keys), q.dtype)
     torch.baddbmm(pattern, q, k_NTH[:, keys].transpose(1, 2), beta=0, alpha=scale, out=pattern)
     if block.hidden is None:
-        pattern[:, :, -n_rows:].add_(_triangle(n_rows))
+        pattern[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype))
     else:
         pattern.add_(block.hidden)
     if on_scores is not None:
         on_scores(b, block, pattern)
-    score_max = pattern.amax(-1) if "attn_entropy" in wanted else None
+    peak = _largest(pattern) if wanted.keys() & PEAK_STATISTICS else None
     torch.softmax(pattern, -1, out=pattern)
     if block.empty is not None:
         pattern[:, block.empty] = 0
-    if v_NTW.shape[2] > d_head:
-        v_NTW[:, keys, 2 * d_head] = torch.arange(-n_keys, 0, dtype=torch.float32)
-    values = workspace.get("values", (n_head, n_rows, v_NTW.shape[2]))
-    torch.bmm(pattern, v_NTW[:, keys], out=values)
-    z_BTNH[b, rows] = values[:, :, :d_head].transpose(0, 1)
+    values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
+    torch.bmm(pattern, v_NTH[:, keys], out=values)
+    z_BTNH[b, rows] = values.transpose(0, 1)
+    if "attn_entropy" in wanted:
+        torch.bmm(pattern, k_NTH[:, keys], out=values)
     if wanted:
-        _fill_statistics(b, block, pattern, values, q, score_max, scale, row_start_T, wanted)
+        _fill_statistics(b, block, pattern, values, q, peak, scale, row_start_T, wanted)
     if on_pattern is not None:
         on_pattern(b, block, pattern)
 
@@ -96,43 +96,33 @@ def _fill_statistics(
     b: int,
     block: RowBlock,
     pattern_NQK: torch.Tensor,
-    values_NQW: torch.Tensor,
+    mean_key_NQH: torch.Tensor,
     q_NQH: torch.Tensor,
-    score_max_NQ: torch.Tensor | None,
+    peak: tuple[torch.Tensor, torch.Tensor] | None,
     scale: float,
     row_start_T: torch.Tensor,
     wanted: dict[str, torch.Tensor],
 ) -> None:
-    """Reduce one row block of probabilities.
+    """Reduce one row block of probabilities; `peak` is each row's largest score and its place.
 
     Entropy needs no logarithm of the pattern: H = max s − ln max p − Σ p s, and Σ_j p_j s_j = scale · q · (P K).
-    Mean distance is a value column too: key positions counted from the end of the block, so that near keys are exact.
     """
-    rows, d_head = slice(block.first, block.last), q_NQH.shape[2]
+    rows, n_keys = slice(block.first, block.last), pattern_NQK.shape[2]
     query = torch.arange(block.first, block.last)
-    peak: torch.Tensor | None = None
-    if "attn_argmax" in wanted:
-        peak, place = pattern_NQK.max(-1)
-        wanted["attn_argmax"][b, :, rows] = place + block.key
-    elif wanted.keys() & {"attn_max", "attn_entropy"}:
-        peak = pattern_NQK.amax(-1)
-    if "attn_max" in wanted and peak is not None:
-        wanted["attn_max"][b, :, rows] = peak
-    if score_max_NQ is not None and peak is not None:
-        mean_score = (values_NQW[:, :, d_head : 2 * d_head] * q_NQH).sum(-1) * scale
-        wanted["attn_entropy"][b, :, rows] = (score_max_NQ - peak.log() - mean_score).clamp_(min=0)
+    if peak is not None:
+        score, place = peak
+        largest = pattern_NQK.gather(2, place[..., None])[..., 0]
+        if "attn_argmax" in wanted:
+            wanted["attn_argmax"][b, :, rows] = place + block.key
+        if "attn_max" in wanted:
+            wanted["attn_max"][b, :, rows] = largest
+        if "attn_entropy" in wanted:
+            mean_score = mean_key_NQH.mul_(q_NQH).sum(-1) * scale
+            wanted["attn_entropy"][b, :, rows] = (score - largest.log() - mean_score).clamp_(min=0)
     if "attn_distance" in wanted:
-        mean_key = values_NQW[:, :, 2 * d_head]
-        wanted["attn_distance"][b, :, rows] = (query - block.last - mean_key).clamp_(min=0)
-    points = {
-        "attn_sink": row_start_T[rows].long(),
-        "attn_self": query,
-        "attn_prev": torch.where(query > row_start_T[rows], query - 1, -1),
-    }
-    for name in wanted.keys() & points.keys():
-        place = (points[name] - block.key).clamp_(-1, pattern_NQK.shape[2] - 1)
-        picked = pattern_NQK.gather(2, place.clamp(min=0).expand(pattern_NQK.shape[0], -1)[..., None])[..., 0]
-        wanted[name][b, :, rows] = picked.masked_fill_(place < 0, 0)
+        back = torch.arange(n_keys, 0, -1, dtype=pattern_NQK.dtype)
+        wanted["attn_distance"][b, :, rows] = (torch.matmul(pattern_NQK, back) + (query - block.last)).clamp_(min=0)
+    _fill_points(b, block, pattern_NQK, row_start_T, wanted)
     if block.empty is not None:
         for name in wanted.keys() & set(ROW_STATISTICS):
             wanted[name][b, :, block.first + block.empty] = -1 if name == "attn_argmax" else 0
@@ -140,19 +130,46 @@ def _fill_statistics(
         wanted["attn_received"][b, :, block.key : block.last].add_(pattern_NQK.sum(1))
 
 
-_TRIANGLES: dict[int, torch.Tensor] = {}
+def _fill_points(
+    b: int, block: RowBlock, pattern_NQK: torch.Tensor, row_start_T: torch.Tensor, wanted: dict[str, torch.Tensor]
+) -> None:
+    """Pick the probability on one key a row: the first visible one, the query's own, the one before."""
+    rows = slice(block.first, block.last)
+    if block.hidden is None:
+        square = pattern_NQK[:, :, block.first - block.key :]
+        for name, value in (("attn_sink", pattern_NQK[:, :, 0]), ("attn_self", square.diagonal(0, 1, 2))):
+            if name in wanted:
+                wanted[name][b, :, rows] = value
+        if "attn_prev" in wanted:
+            wanted["attn_prev"][b, :, block.first] = pattern_NQK[:, 0, block.first - 1] if block.first else 0
+            wanted["attn_prev"][b, :, block.first + 1 : block.last] = square.diagonal(-1, 1, 2)
+        return
+    query, starts = torch.arange(block.first, block.last), row_start_T[rows].long()
+    points = {"attn_sink": starts, "attn_self": query, "attn_prev": torch.where(query > starts, query - 1, -1)}
+    for name in wanted.keys() & points.keys():
+        place = (points[name] - block.key).clamp_(-1, pattern_NQK.shape[2] - 1)
+        picked = pattern_NQK.gather(2, place.clamp(min=0).expand(pattern_NQK.shape[0], -1)[..., None])[..., 0]
+        wanted[name][b, :, rows] = picked.masked_fill_(place < 0, 0)
 
 
-def _triangle(n: int) -> torch.Tensor:
-    if n not in _TRIANGLES:
-        _TRIANGLES[n] = torch.full((n, n), -math.inf).triu_(1)
-    return _TRIANGLES[n]
+def _largest(scores_NQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each row's largest value and its first place, in two steps of maxima that vectorise (unlike torch.max)."""
+    n_head, n_rows, n_keys = scores_NQK.shape
+    width = next((w for w in (32, 16) if n_keys % w == 0), n_keys)
+    groups = scores_NQK.view(n_head, n_rows, n_keys // width, width)
+    maxima = groups.amax(-1)
+    largest = maxima.amax(-1, keepdim=True)
+    group = _first_equal(maxima, largest)
+    members = groups.gather(2, group[..., None].expand(-1, -1, 1, width))[:, :, 0]
+    return largest[..., 0], (group * width + _first_equal(members, largest))[..., 0]
 
 
-def _widen(v_NTH: torch.Tensor, k_NTH: torch.Tensor, workspace: Workspace) -> torch.Tensor:
-    """Put values, keys and room for key positions side by side: [N, T, 2 H + 16]; one product gives all three."""
-    n_head, n, d_head = v_NTH.shape
-    wide = workspace.get("wide", (n_head, n, 2 * d_head + 16))
-    wide[:, :, :d_head], wide[:, :, d_head : 2 * d_head] = v_NTH, k_NTH
-    wide[:, :, 2 * d_head :] = 0
-    return wide
+def _first_equal(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    n = values.shape[-1]
+    countdown = torch.arange(n, 0, -1, dtype=torch.float32)
+    return n - torch.where(values == wanted, countdown, 0.0).amax(-1, keepdim=True).long()
+
+
+@lru_cache
+def _triangle(n: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((n, n), -math.inf, dtype=dtype).triu_(1)

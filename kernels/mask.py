@@ -15,7 +15,8 @@ class RowBlock:
     """Queries [first, last) of one sequence against keys [key, last).
 
     `hidden` is added to the scores: −inf where a key is not visible, float32 [last − first, last − key]. None stands
-    for the plain causal triangle over the last columns. `empty` lists the rows (from `first`) that see nothing.
+    for the plain causal triangle over the last columns. `empty` lists the rows (from `first`) that see nothing, whose
+    scores are all −inf.
     """
 
     first: int
@@ -56,6 +57,5 @@ def _iter_blocks(row_start: torch.Tensor, n_rows: int) -> Iterator[RowBlock]:
         key = lowest // KEY_STEP * KEY_STEP
         keys = torch.arange(key, last)
         seen = (keys >= starts[:, None]) & (keys <= queries[:, None])
-        seen[empty] = True
         hidden = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         yield RowBlock(first, last, key, hidden, empty if len(empty) else None)

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
@@ -64,6 +66,12 @@ def create_durably(path: Path, data: bytes, temporary: Path) -> bool:
     for directory in {path.parent, *parents}:
         sync_directory(directory)
     return True
+
+
+def json_sum(value: Any) -> str:
+    """Return the CRC32C of JSON values, whatever their layout: of the text with sorted keys and no spaces, as hex."""
+    data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return int(google_crc32c.value(data)).to_bytes(4, "little").hex()
 
 
 def to_json(value: Any) -> bytes:

@@ -88,13 +88,15 @@ class ArraySpec:
         return side * (side + 1) // 2
 
     def stored_bytes(self, n_sequences: int) -> int:
-        """Bytes on disk of `n_sequences`, before a codec, with alignment; the shard indexes are left out."""
+        """Bytes on disk of `n_sequences`, before a codec: chunks as they are aligned, and the shards' indexes."""
         lead = 1 if self.axis is None else self.shape[0]
-        per_chunk = round_up(self.chunk_bytes + CRC_BYTES)
+        n_shards = -(-lead // self.layers_per_shard) * -(-n_sequences // self.sequences_per_shard)
         if self.tiled:
-            return lead * n_sequences * -(-self.shape[2] // self.chunk[2]) * self.n_tiles() * per_chunk
-        rest = prod(self.grid[(1 if self.axis is None else 2) :])
-        return lead * -(-n_sequences // self.sequences_per_chunk) * rest * per_chunk
+            n_chunks = n_sequences * -(-self.shape[2] // self.chunk[2]) * self.n_tiles()
+        else:
+            n_chunks = -(-n_sequences // self.sequences_per_chunk) * prod(self.grid[(1 if self.axis is None else 2) :])
+        per_chunk = round_up(self.chunk_bytes + CRC_BYTES)
+        return lead * n_chunks * per_chunk + n_shards * (16 * prod(self.grid) + CRC_BYTES)
 
     def metadata(self) -> dict[str, Any]:
         """Return the array's zarr.json."""

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headwater.store.files import create_durably, sync_directory, to_json
-from headwater.store.shard import crc32c
+from headwater.store.files import create_durably, json_sum, sync_directory, to_json
 from headwater.store.writer import INTERNAL
 
 
@@ -62,7 +61,7 @@ class Ledger:
     def commit(self, entry: Entry) -> bool:
         """Create an entry durably; return False where this block and attempt has one already."""
         body = asdict(entry)
-        data = to_json(body | {"crc32c": _sum(body)})
+        data = to_json(body | {"crc32c": json_sum(body)})
         name = f"{entry.block:08d}.{entry.attempt}.json"
         return create_durably(self.folder / name, data, self._tmp / f"{name}.{os.getpid()}")
 
@@ -86,7 +85,7 @@ class Ledger:
             entry = Entry(**raw)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise LedgerError(f"ledger entry {path.name} cannot be read ({error}). {advice}") from error
-        if check != _sum(raw):
+        if check != json_sum(raw):
             raise LedgerError(f"ledger entry {path.name} does not match its checksum. {advice}")
         if entry.fingerprint != self.fingerprint or entry.block != block:
             raise LedgerError(
@@ -101,9 +100,5 @@ class Ledger:
             return
         for item in os.scandir(self.folder):
             block, _, attempt = item.name.removesuffix(".json").partition(".")
-            if item.name.endswith(".json") and block.isdigit() and attempt.isdigit():
+            if item.name.endswith(".json") and block.isdecimal() and attempt.isdecimal():
                 yield int(block), int(attempt), Path(item.path)
-
-
-def _sum(body: dict[str, Any]) -> str:
-    return crc32c(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hex()

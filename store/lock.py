@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from headwater.store.files import make_directories
+from headwater.store.manifest import PROBE
 from headwater.store.writer import INTERNAL
 
 
@@ -56,7 +57,7 @@ def probe(run: Path) -> None:
     """
     folder = run / INTERNAL / "tmp"
     make_directories(folder)
-    first, second, third = (folder / f"probe-{os.getpid()}-{i}" for i in range(3))
+    first, second, third = (folder / f"{PROBE}{os.getpid()}-{i}" for i in range(3))
     operation = "create a file"
     try:
         first.write_bytes(b"headwater")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from headwater.store.files import make_directories, sync_directory, to_json, write_durably, write_temporary
+from headwater.store.files import json_sum, make_directories, sync_directory, to_json, write_durably, write_temporary
 from headwater.store.layout import ArraySpec, array_metadata
 from headwater.store.shard import crc32c
 from headwater.store.writer import INTERNAL
 
 FORMAT_VERSION = 1
 PLAIN_CHUNK_BYTES = 4 << 20
+PROBE = "probe-"
 
 
 class RunError(ValueError):
@@ -57,10 +58,11 @@ class Manifest:
         return block * self.block, min((block + 1) * self.block, self.n_sequences)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest as JSON values."""
+        """Return the manifest as JSON values, with their checksum."""
         raw = {name: getattr(self, name) for name in self.__dataclass_fields__}
         raw["arrays"] = [spec.to_json() for spec in self.arrays]
-        return raw | {"format": "headwater-run", "format_version": FORMAT_VERSION}
+        raw |= {"format": "headwater-run", "format_version": FORMAT_VERSION}
+        return raw | {"crc32c": json_sum(raw)}
 
 
 def manifest_path(run: Path) -> Path:
@@ -76,14 +78,16 @@ def read_manifest(run: Path) -> Manifest:
         )
     try:
         raw = json.loads(path.read_bytes())
-        version = raw.pop("format_version")
-        del raw["format"]
+        check, version = raw.pop("crc32c"), raw["format_version"]
+        if version == FORMAT_VERSION and check != json_sum(raw):
+            raise ValueError("it does not match its checksum")
+        del raw["format"], raw["format_version"]
     except FileNotFoundError:
         raise RunError(
             f"{run} is not a Headwater run, or its text was never committed: {path} does not exist. Check "
             "the path, or run `headwater extract` again with the same arguments."
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
             "copy, or extract the run anew."
@@ -138,7 +142,8 @@ class PlainArray:
             self._parts, self._held = [rows[self.chunk :]], self._held - self.chunk
 
     def close(self) -> dict[str, Any]:
-        """Write the last chunk, padded with the fill value; return the array's zarr.json."""
+        """Write the last chunk, padded with the fill value (an only chunk is not); return the array's zarr.json."""
+        self.chunk = max(min(self.chunk, self.n), 1)
         if self._held:
             rows = np.full((self.chunk, *self.tail), self.fill, self.dtype)
             rows[: self._held] = np.concatenate(self._parts)
@@ -190,26 +195,53 @@ def write_coordinate(
     return array_metadata(data.shape, data.dtype.name, data.shape, None, fill, (dim,), {})
 
 
-def clear_unfinished(run: Path) -> None:
-    """Remove what an interrupted stage 0 left; refuse a directory that holds anything else."""
+def check_target(run: Path) -> None:
+    """Refuse a directory that is neither new, nor empty, nor ours; nothing is touched."""
     if not run.exists():
         return
     if not run.is_dir():
         raise RunError(f"--out {run} is a file; name a directory that does not exist yet, or a run to resume.")
-    marker = run / INTERNAL / "unfinished"
-    if not marker.exists():
-        others = [item.name for item in os.scandir(run) if item.name != INTERNAL]
-        if others:
-            raise RunError(
-                f"--out {run} is not empty and not a Headwater run (it holds {others[0]!r}). Name a new "
-                "directory; Headwater writes only into its own."
-            )
+    if manifest_path(run).exists() or (run / INTERNAL / "unfinished").exists():
         return
-    for item in list(run.iterdir()):
-        if item.name != INTERNAL:
-            shutil.rmtree(item) if item.is_dir() else item.unlink()
+    ours = {INTERNAL, f"{INTERNAL}/lock", f"{INTERNAL}/tmp", f"{INTERNAL}/ledger", f"{INTERNAL}/tmp/unfinished"}
+    for item in (path for folder in (run, run / INTERNAL, run / INTERNAL / "tmp") for path in _listed(folder)):
+        name = item.relative_to(run).as_posix()
+        if name not in ours and not name.startswith(f"{INTERNAL}/tmp/{PROBE}"):
+            raise RunError(
+                f"--out {run} is not empty and not a Headwater run (it holds {name!r}). Name a new directory; "
+                "Headwater writes only into its own."
+            )
 
 
-def mark_unfinished(run: Path) -> None:
-    """Note that this directory is ours while stage 0 is under way."""
-    write_durably(run / INTERNAL / "unfinished", b"", run / INTERNAL / "tmp" / "unfinished")
+def _listed(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def settle(run: Path) -> None:
+    """Make durable what an earlier process may have left visible but not synced; the caller holds the lock."""
+    internal = run / INTERNAL
+    make_directories(internal / "tmp")
+    make_directories(internal / "ledger")
+    for directory in (internal / "ledger", internal, run, run.absolute().parent):
+        with suppress(PermissionError):
+            sync_directory(directory)
+    if manifest_path(run).exists():
+        (internal / "unfinished").unlink(missing_ok=True)
+
+
+def mark_unfinished(run: Path, names: Iterable[str]) -> None:
+    """Note that stage 0 is under way and which files and directories of the run it may make."""
+    data = "".join(f"{name}\n" for name in names).encode()
+    write_durably(run / INTERNAL / "unfinished", data, run / INTERNAL / "tmp" / "unfinished")
+
+
+def clear_unfinished(run: Path) -> None:
+    """Remove what an interrupted stage 0 made, and nothing else."""
+    marker = run / INTERNAL / "unfinished"
+    for name in marker.read_text().split("\n")[:-1] if marker.exists() else ():
+        item = run / name
+        if item.is_dir():
+            shutil.rmtree(item)
+        else:
+            item.unlink(missing_ok=True)
+    sync_directory(run)

@@ -95,13 +95,11 @@ class Run:
 
         return xarray.open_zarr(self.path, chunks=None)
 
-    def _open_shard(self, path: str, n_chunks: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Map a shard: its bytes (uint8) and its index [chunk, (offset, bytes)]."""
+    def _open_shard(self, path: str, n_chunks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Map a shard: its bytes (uint8) and its index [chunk, (offset, bytes)]; raise FileNotFoundError without it."""
         try:
             with (self.path / path).open("rb") as file:
                 data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
-        except FileNotFoundError:
-            return None
         except ValueError as error:
             raise RunError(f"{self.path / path} is empty. Run `headwater verify --repair {self.path}`.") from error
         try:
@@ -162,10 +160,10 @@ class RunArray:
         spec = self.spec
         shard = [p // g for p, g in zip(place, spec.grid, strict=True)]
         path = spec.shard_path(shard[0], shard[1]) if spec.axis else spec.shard_path(0, shard[0])
-        opened = self._run._shard(path, int(np.prod(spec.grid)))
-        if opened is None:
+        try:
+            data, index = self._run._shard(path, int(np.prod(spec.grid)))
+        except FileNotFoundError:
             return None
-        data, index = opened
         inside = [p % g for p, g in zip(place, spec.grid, strict=True)]
         offset, n_bytes = (int(x) for x in index[np.ravel_multi_index(inside, spec.grid)])
         if offset == MISSING:

@@ -74,6 +74,8 @@ class BlockWriter:
         self._lanes = Lanes(n_threads)
         self._files: dict[str, FileSum] = {}
         self._directories: set[Path] = set()
+        self._named: set[Path] = set()
+        self._live: set[ShardWriter] = set()
         self.seconds: dict[str, float] = {}
 
     def begin(self, first: int, last: int, label: str) -> None:
@@ -150,9 +152,11 @@ class BlockWriter:
             if array.open is not None:
                 array.ring.give(array.open.slab)
                 array.open = None
-            for shard in array.shards.values():
-                shard.discard()
             array.shards.clear()
+        for shard in self._live:
+            shard.discard()
+        self._live.clear()
+        self._named.clear()
 
     def close(self) -> None:
         """End the writer threads."""
@@ -162,6 +166,7 @@ class BlockWriter:
         if array.open is None or array.key != key:
             if array.open is not None:
                 raise RuntimeError(f"{array.spec.name}: {key} was begun before {array.key} was whole")
+            self._lanes.check()
             slab = array.ring.take(self._lanes.check)
             array.open, array.key = make(slab), key
         return array.open
@@ -190,13 +195,14 @@ class BlockWriter:
         opened = array.open
         if opened is None:
             return
-        array.open = None
         writer = array.shards.get(opened.shard)
         if writer is None:
             spec = array.spec
             path = self.run / INTERNAL / "tmp" / f"{self._label}-{spec.name}-{opened.shard[0]}-{opened.shard[1]}"
             writer = ShardWriter(path, spec.grid, CODECS[spec.codec], self.direct)
             array.shards[opened.shard] = writer
+            self._live.add(writer)
+        array.open = None
         pages = opened.slab.pages[: len(opened.indices)]
 
         def write() -> None:
@@ -215,13 +221,18 @@ class BlockWriter:
         start = time.perf_counter()
         self._files[path] = FileSum(*writer.commit())
         self._rename(writer.path, path)
+        self._live.discard(writer)
         self.seconds["sync"] += time.perf_counter() - start
 
     def _rename(self, temporary: Path, path: str) -> None:
         final = self.run / path
-        self._directories.update(make_directories(final.parent))
+        make_directories(final.parent)
         os.replace(temporary, final)
         self._directories.add(final.parent)
+        for folder in final.relative_to(self.run).parents[:-1]:
+            if folder not in self._named:
+                self._named.add(folder)
+                self._directories.add((self.run / folder).parent)
 
     def _mark_complete(self) -> None:
         """Write the block's chunk of `complete`, after the shards' names are durable."""

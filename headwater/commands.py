@@ -1,0 +1,254 @@
+"""What each command does: a thin layer over functions that Python can call too."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headwater.extractor.units import count, show_bytes
+
+if TYPE_CHECKING:
+    from headwater.extractor.config import RunConfig
+    from headwater.extractor.plan import Plan
+    from headwater.store.layout import ArraySpec
+
+DONE, FAILED = 0, 1
+NOWHERE = "headwater-plan"
+
+
+def run_plan(options: Any) -> int:
+    """Print the plan of an extraction, then refuse it where it cannot fit."""
+    from headwater.extractor.plan import available_memory, check_resources, free_disk
+    from headwater.extractor.run import plan_run
+    from headwater.store.manifest import check_target
+
+    config = _config(options, out=NOWHERE)
+    out = Path(config.out)
+    if config.out != NOWHERE:
+        check_target(out)
+    plan = plan_run(config)
+    free, memory = free_disk(out), available_memory()
+    if options.json:
+        sizes = plan.array_bytes()
+        _print_json({
+            "n_sequences": plan.n_sequences, "seq_len": plan.geometry.seq_len, "block": plan.geometry.block,
+            "n_blocks": plan.n_blocks,
+            "arrays": {s.name: {"n_bytes": sizes[s.name], "dtype": s.dtype, "codec": s.codec,
+                                "sizes": dict(zip(s.dims, s.shape, strict=True)), "shard": s.shard, "chunk": s.chunk}
+                       for s in plan.arrays},
+            "text_bytes": plan.text_bytes, "total_bytes": plan.total_bytes, "free_disk_bytes": free,
+            "host_bytes": plan.host_bytes, "available_memory_bytes": memory,
+        })  # fmt: skip
+    else:
+        _print_plan(plan, free, memory)
+    check_resources(plan, out)
+    return DONE
+
+
+def _print_plan(plan: Plan, free: int, memory: int) -> None:
+    shape, sizes = plan.geometry, plan.array_bytes()
+    n_tokens = plan.n_sequences * shape.seq_len
+    print(
+        f"{count(plan.n_sequences, 'sequence')} of {count(shape.seq_len, 'position')}, "
+        f"{count(plan.n_blocks, 'block')} of {count(shape.block, 'sequence')}"
+    )
+    for spec in plan.arrays:
+        print(_array_line(spec, sizes[spec.name], f"{show_bytes(sizes[spec.name] / n_tokens):>9}/token"))
+    for name, size in (("the rest", plan.text_bytes), ("total", plan.total_bytes)):
+        print(f"  {name:15}{show_bytes(size):>9}{show_bytes(size / n_tokens):>9}/token")
+    print(f"disk    {show_bytes(plan.total_bytes)} needed, {show_bytes(free)} free")
+    print(f"memory  {show_bytes(plan.host_bytes)} needed, {show_bytes(memory)} available")
+    names, share = plan.heaviest()
+    if len(plan.arrays) > 1:
+        print(f"note: {', '.join(names)} {'takes' if len(names) == 1 else 'take'} {share:.0%} of the bytes")
+    if plan.certain_bytes < plan.total_bytes:
+        print(
+            f"note: bytes are counted before --codec; {show_bytes(plan.total_bytes - plan.certain_bytes)} will shrink"
+            + (", and must, to fit on the disk" if plan.total_bytes > free >= plan.certain_bytes else "")
+        )
+    if any(spec.dtype == "float16" and spec.name in ("resid", "resid_mid") for spec in plan.arrays):
+        print(
+            "note: float16 has steps of 2 between 2048 and 4096, where massive activations lie; --dtype resid=float32 "
+            "keeps them exact"
+        )
+
+
+def run_extract(options: Any) -> int:
+    """Extract, showing progress; print where the run is."""
+    from headwater.extractor.run import extract
+    from headwater.progress import Reporter
+
+    config = _config(options)
+    if "-" in config.text and sys.stdin is not None and sys.stdin.isatty():
+        print("headwater: reading text from the terminal; end it with Ctrl-D", file=sys.stderr)
+    reporter = Reporter(sys.stderr)
+    try:
+        run = extract(config, reporter)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(reporter.kept(str(config.out))) from None
+    except ValueError as error:
+        if reporter.computing and type(error) is ValueError:
+            raise RuntimeError(f"{error}. {reporter.kept(str(config.out))}") from error
+        raise
+    finally:
+        reporter.close()
+    m, n = run.manifest, int(run.complete.sum())
+    n_bytes = sum(size for entry in run.ledger.entries() for size, _ in entry.files.values())
+    if options.json:
+        _print_json({
+            "run": str(run.path), "fingerprint": m.fingerprint, "n_sequences": m.n_sequences, "complete": n,
+            "seq_len": m.n_positions, "n_blocks": m.n_blocks, "n_bytes": n_bytes, "sites": run.sites,
+        })  # fmt: skip
+    else:
+        print(
+            f"{run.path}: {count(n, 'sequence')} of {count(m.n_positions, 'position')}, "
+            f"{count(len(run.sites), 'array')}, {show_bytes(n_bytes)}. See `headwater info {run.path}`."
+        )
+    return DONE
+
+
+def run_status(options: Any) -> int:
+    """Print how much of a run is done, and where its time went."""
+    from headwater.store.reader import open_run
+
+    run = open_run(options.run)
+    entries = list(run.ledger.entries())
+    casts: dict[str, dict[str, int]] = {}
+    seconds: dict[str, float] = {}
+    for entry in entries:
+        for name, counts in entry.casts.items():
+            casts[name] = {kind: casts.get(name, {}).get(kind, 0) + n for kind, n in counts.items()}
+        for phase, value in entry.seconds.items():
+            seconds[phase] = seconds.get(phase, 0) + value
+    n_blocks, n_tokens = run.manifest.n_blocks, sum(e.n_tokens for e in entries)
+    n_bytes = sum(size for e in entries for size, _ in e.files.values())
+    if options.json:
+        _print_json({
+            "run": options.run, "done": len(entries) == n_blocks, "n_blocks": n_blocks, "committed": len(entries),
+            "n_sequences": run.manifest.n_sequences, "complete": sum(e.last - e.first for e in entries),
+            "n_tokens": n_tokens, "n_bytes": n_bytes, "seconds": {k: round(v, 3) for k, v in seconds.items()},
+            "casts": casts,
+        })  # fmt: skip
+        return DONE
+    state = "done" if len(entries) == n_blocks else f"go on with `headwater extract --out {options.run}`"
+    print(f"{len(entries):,} of {count(n_blocks, 'block')}, {n_tokens:,} tokens, {show_bytes(n_bytes)}: {state}")
+    if entries:
+        print("seconds  " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    for name, counts in casts.items():
+        print(f"kept in {name}: {counts['overflow']:,} overflowed and {counts['nonfinite']:,} non-finite values")
+    return DONE
+
+
+def run_info(options: Any) -> int:
+    """Describe a run and say how to open it."""
+    from headwater.store.reader import open_run
+
+    run = open_run(options.run)
+    m, n = run.manifest, int(run.complete.sum())
+    if options.json:
+        _print_json({name: value for name, value in m.to_json().items() if name != "statics"} | {"complete": n})
+        return DONE
+    c, source = m.model["config"], m.text["sources"]
+    print(f"run      {run.path}, fingerprint {m.fingerprint[:16]}")
+    print(
+        f"model    {m.model['name']}: {count(c['n_layer'], 'layer')}, {count(c['n_head'], 'head')}, "
+        f"d_model {c['d_model']:,}, vocabulary {c['d_vocab']:,}; computed in {m.config['compute']}"
+    )
+    print(
+        f"text     {count(m.n_sequences, 'sequence')} of {count(m.n_positions, 'position')} from "
+        f"{source[0]['path'] if len(source) == 1 else count(len(source), 'file')}; {n:,} computed"
+    )
+    print(f"made by  headwater {m.made_by['headwater']}, torch {m.made_by['torch']}, {m.made_by['processor']}")
+    for spec in m.arrays:
+        print(_array_line(spec, spec.stored_bytes(m.n_sequences)))
+    print(f"open it  import xarray\n         run = xarray.open_zarr({str(run.path)!r}, chunks=None)")
+    print(f"         run[{m.arrays[0].name!r}]")
+    return DONE
+
+
+def run_verify(options: Any) -> int:
+    """Check a run; print each problem with its path in the run."""
+    from headwater.progress import ByteReporter
+    from headwater.store.lock import hold
+    from headwater.store.reader import open_run
+    from headwater.store.verify import repair, verify
+
+    if not isinstance(options.workers, int) or options.workers < 1:
+        raise ValueError(f"--workers is {options.workers!r}; expected a whole number from 1 on.")
+    run = open_run(options.run)
+    reporter = ByteReporter(sys.stderr, "checked")
+    try:
+        report = verify(run, options.quick, options.workers, reporter)
+    finally:
+        reporter.close()
+    fixed: list[int] = []
+    if options.repair and report.problems:
+        with hold(run.path):
+            fixed = repair(run, report)
+    bad = [p for p in report.problems if p.block not in fixed]
+    if options.json:
+        _print_json({
+            "run": options.run, "n_blocks": report.n_blocks, "committed": report.n_committed,
+            "n_files": report.n_files, "n_bytes": report.n_bytes, "quick": options.quick, "uncommitted": fixed,
+            "problems": [vars(p) for p in report.problems],
+        })  # fmt: skip
+        return FAILED if bad else DONE
+    for problem in report.problems:
+        print(f"{problem.path}: {problem.what}" + ("" if problem.block is None else f" (block {problem.block})"))
+    print(
+        f"{count(report.n_files, 'file')}, {show_bytes(report.n_bytes)}, {report.n_committed:,} of "
+        f"{count(report.n_blocks, 'block')}: {count(len(report.problems), 'problem')}"
+        f"{' (lengths and indexes only)' if options.quick else ''}"
+    )
+    if fixed:
+        print(f"took {count(len(fixed), 'block')} out; `headwater extract --out {options.run}` computes them again")
+    if any(p.block is None for p in bad):
+        print("files that are written once cannot be repaired: restore them from a copy, or extract the run anew")
+    elif bad:
+        print(f"`headwater verify --repair {options.run}` takes the damaged blocks out, to be computed again")
+    return FAILED if bad else DONE
+
+
+def run_sites(options: Any) -> int:
+    """List the sites, with their sizes for a model where one is named."""
+    from headwater.extractor.sites import PRESETS, SITES
+
+    sizes: dict[str, int] = {}
+    if options.model:
+        from headwater.extractor.weights import read_config
+
+        c = read_config(options.model)
+        sizes = {"layer": c.n_layer, "depth": c.n_layer + 1, "head": c.n_head, "d_model": c.d_model,
+                 "d_head": c.d_head, "d_mlp": c.d_mlp}  # fmt: skip
+    if options.json:
+        _print_json({
+            s.name: {"dims": s.dims, "title": s.title, "transformer_lens": s.alias,
+                     "sizes": {d: sizes[d] for d in s.dims if d in sizes}}
+            for s in SITES.values()
+        })  # fmt: skip
+        return DONE
+    for site in SITES.values():
+        dims = ", ".join(f"{d} {sizes[d]}" if d in sizes else d for d in site.dims)
+        print(f"{site.name:15} {site.title}\n{'':15} ({dims})" + (f"  {site.alias.format('L')}" if site.alias else ""))
+    print("\npresets")
+    for name, members in PRESETS.items():
+        print(f"  {name:11} {', '.join(members) if len(members) < len(SITES) else 'every site'}")
+    return DONE
+
+
+def _config(options: Any, out: str | None = None) -> RunConfig:
+    from headwater.extractor.config import make_config
+
+    return make_config(vars(options), options.config, out)
+
+
+def _array_line(spec: ArraySpec, size: int, more: str = "") -> str:
+    dims = ", ".join(f"{dim} {n}" for dim, n in zip(spec.dims, spec.shape, strict=True))
+    codec = "" if spec.codec == "none" else f" {spec.codec}"
+    return f"  {spec.name:15}{show_bytes(size):>9}{more}  {spec.dtype + codec:8}  ({dims})"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
