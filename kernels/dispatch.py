@@ -1,0 +1,258 @@
+"""Register the operators `headwater::attention` and `headwater::residual_tap` with torch, and send them to a backend.
+
+Operators return plain tensors; what was not asked for is an empty tensor. CUDA (and HIP) tensors go to Triton, which is
+imported only then; CPU tensors to the row blocks; float64, and devices that Triton cannot serve, to the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from headwater.kernels.attention_cpu import attention_cpu
+from headwater.kernels.launch import MAX_HEAD, TRITON_TYPES, Config, choose
+from headwater.kernels.output import FLOAT_ROWS, AttentionOutput, ResidualOutput, n_causal_tiles
+from headwater.kernels.reference import attention_reference, exact_type, residual_reference
+
+Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+PackedTap = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+ATTENTION = (
+    "headwater::attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? row_start, Tensor? features, int edge, "
+    "bool statistics, ScalarType pattern_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+RESIDUAL = (
+    "headwater::residual_tap(Tensor x, Tensor? delta, Tensor? weight, Tensor? bias, float epsilon, Tensor? previous, "
+    "Tensor(a!) out, Tensor(b!)? slot) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def has_triton() -> bool:
+    """Say whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    row_start: torch.Tensor | None,
+    features: torch.Tensor | None,
+    edge: int,
+    statistics: bool,
+    pattern_dtype: torch.dtype,
+) -> Packed:
+    """Launch the kernels that give what was asked for."""
+    from headwater.kernels.attention_pattern import plan_pattern
+    from headwater.kernels.attention_statistics import plan_statistics
+    from headwater.kernels.column_mass import plan_column_mass
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    wanted = statistics or features is not None
+    pattern, column, row, sums = (q.new_empty(0) for _ in range(4))
+    argmax = q.new_empty(0, dtype=torch.int32)
+
+    def config(kernel: str) -> Config:
+        return choose(kernel, q.device, q.shape[-1], q.dtype)
+
+    if wanted or edge == 0:
+        z, lse, row, argmax, sums = plan_statistics(
+            q, k, v, scale=scale, row_start=row_start, statistics=statistics, features=features,
+            config=config("statistics" if wanted else "flash")).run()
+    if edge:
+        z, lse, pattern = plan_pattern(q, k, v, scale=scale, row_start=row_start, edge=edge,
+                                       pattern_dtype=pattern_dtype, config=config("pattern")).run()
+    if statistics:
+        (column,) = plan_column_mass(q, k, lse, scale=scale, row_start=row_start, config=config("column")).run()
+    return z, lse, pattern, row, argmax, column, sums
+
+
+def pack(out: AttentionOutput, like: torch.Tensor) -> Packed:
+    """Turn the output of a torch backend into the operator's tensors."""
+    row = torch.stack([out.row[name] for name in FLOAT_ROWS]) if out.row else None
+    argmax = out.row["attn_argmax"].contiguous() if out.row else like.new_empty(0, dtype=torch.int32)
+    tensors = (out.z, out.lse, out.pattern, row, argmax, out.column, out.features)
+    z, lse, kept, rows, place, column, features = (
+        like.new_empty(0) if x is None else x.contiguous() for x in tensors)
+    return z, lse, kept, rows, place, column, features
+
+
+def unpack(packed: Packed, edge: int, statistics: bool, features: bool) -> AttentionOutput:
+    """Turn the operator's tensors into a named output."""
+    z, lse, pattern, row, argmax, column, sums = packed
+    names = {**dict(zip(FLOAT_ROWS, row, strict=True)), "attn_argmax": argmax} if statistics else None
+    return AttentionOutput(z, lse, pattern if edge else None, names, column if statistics else None,
+                           sums if features else None)
+
+
+def attention_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    row_start: torch.Tensor | None,
+    features: torch.Tensor | None,
+    edge: int,
+    statistics: bool,
+    pattern_dtype: torch.dtype,
+) -> Packed:
+    """Compute by the reference."""
+    pattern = ("square" if edge < 0 else "tiles") if edge else None
+    out = attention_reference(q, k, v, scale=scale, row_start=row_start, pattern=pattern, edge=edge,
+                              statistics=statistics, features=features, pattern_dtype=pattern_dtype)
+    return pack(out, q)
+
+
+def attention_on_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    row_start: torch.Tensor | None,
+    features: torch.Tensor | None,
+    edge: int,
+    statistics: bool,
+    pattern_dtype: torch.dtype,
+) -> Packed:
+    """Compute by row blocks; float64 by the reference, for the row blocks are float32."""
+    if q.dtype == torch.float64:
+        return attention_torch(q, k, v, scale, row_start, features, edge, statistics, pattern_dtype)
+    out = attention_cpu(q, k, v, scale=scale, row_start=row_start, edge=edge, statistics=statistics, features=features,
+                        pattern_dtype=pattern_dtype)
+    return pack(out, q)
+
+
+def _attention_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    row_start: torch.Tensor | None,
+    features: torch.Tensor | None,
+    edge: int,
+    statistics: bool,
+    pattern_dtype: torch.dtype,
+) -> Packed:
+    able = q.dtype in TRITON_TYPES and q.shape[-1] <= MAX_HEAD and has_triton()
+    return (attention_triton if able else attention_torch)(
+        q, k, v, scale, row_start, features, edge, statistics, pattern_dtype)
+
+
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    row_start: torch.Tensor | None,
+    features: torch.Tensor | None,
+    edge: int,
+    statistics: bool,
+    pattern_dtype: torch.dtype,
+) -> Packed:
+    n, n_positions, n_head, _ = q.shape
+    exact, plane = exact_type(q.dtype), (n, n_head, n_positions)
+    tiles = (n_causal_tiles(n_positions, edge), edge, edge) if edge > 0 else (n_positions, n_positions)
+    return (
+        q.new_empty(q.shape, dtype=v.dtype),
+        q.new_empty(plane, dtype=exact),
+        q.new_empty((n, n_head, *tiles), dtype=pattern_dtype) if edge else q.new_empty(0),
+        q.new_empty((len(FLOAT_ROWS), *plane), dtype=exact) if statistics else q.new_empty(0),
+        q.new_empty(plane if statistics else (0,), dtype=torch.int32),
+        q.new_empty(plane, dtype=exact) if statistics else q.new_empty(0),
+        q.new_empty(0) if features is None else q.new_empty((*plane, features.shape[-1]), dtype=exact),
+    )
+
+
+def residual_torch(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    epsilon: float,
+    previous: torch.Tensor | None,
+    out: torch.Tensor,
+    slot: torch.Tensor | None,
+) -> PackedTap:
+    """Compute the residual tap by the reference; write `out` and `slot` last, for they may be the inputs."""
+    got = residual_reference(x, delta, weight, bias, epsilon=epsilon, previous=previous,
+                             capture_dtype=None if slot is None else slot.dtype)
+    if slot is not None:
+        exact = exact_type(x.dtype)
+        slot.copy_(x.to(exact) if delta is None else x.to(exact) + delta.to(exact))
+    out.copy_(got.x)
+    floats = torch.stack([got.scale, got.norm, got.cosine, got.largest])
+    ints = torch.stack([got.dimension, got.overflow, got.nonfinite])
+    return x.new_empty(0) if got.normed is None else got.normed.contiguous(), floats, ints
+
+
+def _residual_cuda(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    epsilon: float,
+    previous: torch.Tensor | None,
+    out: torch.Tensor,
+    slot: torch.Tensor | None,
+) -> PackedTap:
+    if x.dtype not in TRITON_TYPES or not has_triton():
+        return residual_torch(x, delta, weight, bias, epsilon, previous, out, slot)
+    return residual_triton(x, delta, weight, bias, epsilon, previous, out, slot)
+
+
+def residual_triton(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    epsilon: float,
+    previous: torch.Tensor | None,
+    out: torch.Tensor,
+    slot: torch.Tensor | None,
+) -> PackedTap:
+    """Launch the residual kernel."""
+    from headwater.kernels.residual_tap import plan_residual
+
+    config = choose("residual", x.device, x.shape[-1], x.dtype)
+    launch = plan_residual(x, delta, weight, bias, epsilon=epsilon, previous=previous, out=out, slot=slot,
+                           config=config)
+    normed, floats, ints = launch.run()
+    return normed, floats, ints
+
+
+def _residual_fake(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    epsilon: float,
+    previous: torch.Tensor | None,
+    out: torch.Tensor,
+    slot: torch.Tensor | None,
+) -> PackedTap:
+    n = x.shape[0]
+    normed = x.new_empty(0) if weight is None else x.new_empty(x.shape)
+    return normed, x.new_empty((4, n), dtype=exact_type(x.dtype)), x.new_empty((3, n), dtype=torch.int32)
+
+
+def name_residual(x: torch.Tensor, packed: PackedTap, lead: torch.Size) -> ResidualOutput:
+    """Turn the operator's tensors, rows of [R], into a named output of leading shape `lead`."""
+    normed, floats, ints = packed
+    scale, norm, cosine, largest = floats.view(4, *lead)
+    dimension, overflow, nonfinite = ints.view(3, *lead)
+    return ResidualOutput(x, normed.view(x.shape) if normed.numel() else None, scale, norm, cosine, largest, dimension,
+                          overflow, nonfinite)
+
+
+def _register(schema: str, fake: Callable[..., object], **backends: Callable[..., object]) -> None:
+    name = schema.split("(")[0]
+    torch.library.define(name, schema[len(name) :], tags=(torch.Tag.pt2_compliant_tag,))
+    for device, function in backends.items():
+        torch.library.impl(name, device)(function)
+    torch.library.register_fake(name)(fake)
+
+
+_register(ATTENTION, _attention_fake, cpu=attention_on_cpu, cuda=_attention_cuda)
+_register(RESIDUAL, _residual_fake, cpu=residual_torch, cuda=_residual_cuda)
