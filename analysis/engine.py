@@ -1,0 +1,161 @@
+"""Scan a run: several reducers share one read of its blocks, and their states are merged in a fixed binary tree.
+
+The tree is over block numbers, so a result has the same bits whichever pool computed it and in whatever order the
+blocks arrived. Only committed blocks are read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headwater.analysis.pools import Pool, make_pool
+from headwater.analysis.reducer import Reducer, State, need_sites
+from headwater.analysis.work import Work, projected_bytes
+from headwater.store.manifest import RunError
+from headwater.store.reader import Run, open_run
+
+Steps = Generator[Sequence[Reducer], list[Any], Any]
+
+
+@dataclass
+class ScanProgress:
+    """What an observer is told: which of how many passes, how many blocks of it are done, and since when."""
+
+    passes: int
+    n_blocks: int
+    done: int = 0
+    at: int = 1
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """How to go over a run: workers and their pool, a limit of memory in bytes, whether an unfinished run will do."""
+
+    workers: int = 1
+    pool: str | Pool | None = None
+    memory: int | None = None
+    partial: bool = False
+    observe: Callable[[ScanProgress], None] | None = None
+
+
+ONE_BY_ONE = Scan()
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis as a generator: it yields the reducers of a pass, is sent their results, and returns a dataset.
+
+    `passes` is declared, and checked. `arguments` go into the result's provenance.
+    """
+
+    name: str
+    passes: int
+    steps: Callable[[], Steps]
+    arguments: dict[str, Any]
+
+
+def as_run(run: Run | str | Path) -> Run:
+    """Open a run where a path is given."""
+    return run if isinstance(run, Run) else open_run(run)
+
+
+def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> list[Any]:
+    """Run analyses side by side, pass by pass, and return what each of them returns.
+
+    The n-th passes of all analyses share one read of the run.
+    """
+    passes = max((a.passes for a in analyses), default=0)
+    running = [(i, a, a.steps()) for i, a in enumerate(analyses)]
+    results: list[Any] = [None] * len(analyses)
+    wanted = {i: list(next(steps)) for i, _, steps in running}
+    for at in range(passes):
+        reduced = iter(reduce_run(run, [r for rs in wanted.values() for r in rs], scan, at + 1, passes))
+        answers = {i: [next(reduced) for _ in rs] for i, rs in wanted.items()}
+        wanted = {}
+        for i, analysis, steps in running:
+            if i not in answers:
+                continue
+            try:
+                wanted[i] = list(steps.send(answers[i]))
+            except StopIteration as stop:
+                results[i] = stop.value
+            if (i in wanted) != (at + 1 < analysis.passes):
+                raise AssertionError(f"{analysis.name} declares {analysis.passes} passes and wants another number")
+    return results
+
+
+def reduce_run(
+    run: Run, reducers: Sequence[Reducer], scan: Scan = ONE_BY_ONE, at: int = 1, passes: int = 1
+) -> list[Any]:
+    """Read a run once for several reducers; return each one's final result.
+
+    Raises RunError for a run that is not complete (unless `scan.partial`) or lacks a site, ValueError where the
+    projected memory is above `scan.memory` or the data hold NaN.
+    """
+    blocks = committed_blocks(run, scan.partial)
+    for reducer in reducers:
+        need_sites(run, *reducer.sites)
+    pool = make_pool(scan.pool, scan.workers)
+    projected = projected_bytes(run, reducers, pool.n_workers)
+    if scan.memory is not None and projected > scan.memory:
+        raise ValueError(
+            f"this analysis needs {projected / 1e6:,.0f} MB of memory, but the limit is {scan.memory / 1e6:,.0f} MB. "
+            "Use fewer workers, fewer layers or depths, or a higher limit."
+        )
+    tree = Tree(run.manifest.n_blocks, lambda a, b: [r.merge(x, y) for r, x, y in zip(reducers, a, b, strict=True)])
+    for block in set(range(run.manifest.n_blocks)) - set(blocks):
+        tree.put(block, None)
+    progress = ScanProgress(passes, len(blocks), at=at)
+    for block, states in pool.map(Work(run, tuple(reducers)), blocks):
+        tree.put(block, states)
+        progress.done += 1
+        if scan.observe is not None:
+            scan.observe(progress)
+    assert tree.root is not None
+    return [r.finalise(state) for r, state in zip(reducers, tree.root, strict=True)]
+
+
+def committed_blocks(run: Run, partial: bool) -> list[int]:
+    """List the blocks to read; raise RunError where some are missing and `partial` is not set, or all are."""
+    blocks = sorted(run.ledger.committed())
+    n = run.manifest.n_blocks
+    if len(blocks) < n and not partial:
+        raise RunError(
+            f"{run.path} is not complete: {len(blocks)} of {n} blocks are there. Finish it with `headwater extract "
+            f"--out {run.path}`, or analyse what there is with --partial (partial=True)."
+        )
+    if not blocks:
+        raise RunError(f"{run.path} has no finished block. Go on with `headwater extract --out {run.path}`.")
+    return blocks
+
+
+class Tree:
+    """Merge leaves 0 … n − 1 pairwise, level by level, as they come; a leaf that is None is passed over."""
+
+    def __init__(self, n_leaves: int, merge: Callable[[list[State], list[State]], list[State]]) -> None:
+        self._merge = merge
+        self._widths = [n_leaves]
+        while self._widths[-1] > 1:
+            self._widths.append(-(-self._widths[-1] // 2))
+        self._waiting: dict[tuple[int, int], list[State] | None] = {}
+        self.root: list[State] | None = None
+
+    def put(self, index: int, value: list[State] | None) -> None:
+        """Add a leaf, and merge upwards as far as its neighbours are there."""
+        for level, width in enumerate(self._widths):
+            if width == 1:
+                self.root = value
+                return
+            if index ^ 1 < width:
+                if (level, index ^ 1) not in self._waiting:
+                    self._waiting[level, index] = value
+                    return
+                other = self._waiting.pop((level, index ^ 1))
+                left, right = (other, value) if index % 2 else (value, other)
+                value = right if left is None else left if right is None else self._merge(left, right)
+            index //= 2

@@ -1,0 +1,98 @@
+"""Results: xarray datasets with their provenance, kept as Zarr groups beside the run.
+
+The results of a run at RUN lie in the directory `RUN.analysis`, one Zarr v3 group per analysis: never inside the run,
+whose files are all accounted for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.store.reader import Run
+
+
+def analysis_path(run: Run | str | Path, name: str) -> Path:
+    """Return where an analysis of a run is kept: `RUN.analysis/<name>`."""
+    path = (run.path if isinstance(run, Run) else Path(run)).resolve()
+    return path.with_name(f"{path.name}.analysis") / name
+
+
+def coordinates(run: Run, site: str, leads: Sequence[int] | None = None) -> dict[str, Any]:
+    """Return the coordinates of a site's leading dimension and, where it has one, its heads, for a dataset.
+
+    `leads` are indices along the stored dimension; the coordinate holds the model's own numbers.
+    """
+    spec = run.spec(site)
+    chosen = list(range(len(run.leads(site)))) if leads is None else list(leads)
+    found: dict[str, Any] = {}
+    if spec.axis is not None:
+        found[spec.axis] = np.asarray(run.leads(site))[chosen]
+        fraction = f"{spec.axis}_fraction"
+        found[fraction] = spec.axis, run.plain(fraction)[chosen]
+    if "head" in spec.dims:
+        found["head"] = run.plain("head")
+    return found
+
+
+def provenance(run: Run, name: str, arguments: Mapping[str, Any], passes: int, conventions: str) -> dict[str, Any]:
+    """Return the attributes of a result: what was read, how, with which arguments and versions."""
+    import xarray
+    import zarr
+
+    import headwater
+
+    m = run.manifest
+    complete = run.complete
+    versions = {"headwater": headwater.__version__, "numpy": np.__version__, "xarray": xarray.__version__}
+    text = {"sources": [source.get("path") for source in m.text["sources"]], "digest": m.text["digest"],
+            "packing": m.text["packing"]}  # fmt: skip
+    return {
+        "analysis": name,
+        "arguments": json.dumps(arguments, sort_keys=True, default=str),
+        "conventions": conventions,
+        "passes": passes,
+        "run": run.path.name,
+        "fingerprint": m.fingerprint,
+        "model": m.model["name"],
+        "model_digest": m.model["digest"],
+        "text": json.dumps(text, sort_keys=True),
+        "n_positions": m.n_positions,
+        "n_sequences": int(complete.sum()),
+        "n_tokens": int(run.plain("length")[complete].sum()),
+        "partial": int(not complete.all()),
+        "versions": json.dumps(versions | {"zarr": zarr.__version__}, sort_keys=True),
+    }
+
+
+def save(run: Run | str | Path, dataset: Any) -> Path:
+    """Write a result to `analysis_path(run, dataset.attrs["analysis"])`, in place of an older one; return the path."""
+    target = analysis_path(run, dataset.attrs["analysis"])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")
+        dataset.to_zarr(new, zarr_format=3, consolidated=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load(run: Run | str | Path, name: str) -> Any:
+    """Open a saved result; raise FileNotFoundError with how to make it."""
+    import xarray
+
+    path = analysis_path(run, name)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no {path}. Make it with `headwater analyze {Path(str(run))} {name}`.")
+    return xarray.open_zarr(path, chunks=None)
