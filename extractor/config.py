@@ -55,6 +55,8 @@ class RunConfig:
     top_k: int = 10
     on_overflow: str = "fail"
     threads: int | None = None
+    workers: int = 0
+    ray: str | None = None
     other_processor: bool = False
 
     def __post_init__(self) -> None:

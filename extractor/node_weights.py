@@ -1,4 +1,4 @@
-"""Weights reach a node once: a file in the run, copied to the node under its digest, and mapped by every worker there."""
+"""Weights reach a node once: a file in the run, copied to the node under its digest, mapped by every worker there."""
 
 from __future__ import annotations
 

@@ -6,7 +6,9 @@ passes through Ray. Ids are read from the run, weights from a file of each node.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -99,14 +101,14 @@ class RayPool:
         self._reasons: dict[int, str] = {}
         self._lost = 0
         (run / "headwater" / "tmp" / self._nonce).touch()
-        publish(run, checkpoint)
+        self._weights = publish(run, checkpoint)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if self._local:
             self._folder = tempfile.mkdtemp(prefix="hw-ray-")
             ray.init(num_cpus=self._n, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-                     _temp_dir=self._folder, logging_level="ERROR")  # fmt: skip
+                     _temp_dir=self._folder, logging_level=logging.ERROR)  # fmt: skip
         elif not ray.is_initialized():
-            ray.init(address=config.ray, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=config.ray, log_to_driver=False, logging_level=logging.ERROR)
         self._seats = [self._hire() for _ in range(self._n)]
 
     def __enter__(self) -> RayPool:
@@ -116,8 +118,10 @@ class RayPool:
         for seat in self._seats:
             self._dismiss(seat)
         (self._run / "headwater" / "tmp" / self._nonce).unlink(missing_ok=True)
+        self._weights.unlink(missing_ok=True)
         if self._local:
             self._ray.shutdown()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, blocks: Sequence[int]) -> Iterator[Entry]:
         """Yield the entry of each block as it is committed, in any order.
@@ -212,7 +216,7 @@ class RayPool:
         environment = {"env_vars": {name: str(self._threads) for name in names}}
         cpus = 1 if self._local else self._threads
         actor_class = self._ray.remote(BlockActor)
-        actor = actor_class.options(num_cpus=cpus, max_restarts=0, runtime_env=environment).remote(
+        actor: Any = actor_class.options(num_cpus=cpus, max_restarts=0, runtime_env=environment).remote(
             str(self._run), asdict(self._config), self._manifest.model["digest"], self._nonce, self._threads
         )
         return _Seat(actor, actor.ready.remote(), time.monotonic())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,7 +101,8 @@ def _make_directory(run: Path) -> list[Path]:
         for parent in make_directories(run):
             sync_directory(parent)
     except OSError as error:
-        raise RunError(f"--out {run} cannot be made ({error.strerror}: {error.filename}). Name another directory.") from error
+        reason = f"{error.strerror}: {error.filename}"
+        raise RunError(f"--out {run} cannot be made ({reason}). Name another directory.") from error
     if not os.access(run, os.W_OK | os.X_OK):
         raise RunError(f"--out {run} may not be written by you. Name another directory, or change its permissions.")
     return missing
@@ -162,19 +163,39 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
     if not missing:
         return
     check_resources(plan, run, done=len(committed) / plan.n_blocks)
-    worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
     _clear_temporary(run)
+    compute = _in_process if config.workers == 0 and config.ray is None else _on_ray
+    for entry in compute(config, checkpoint, run, manifest, missing):
+        progress.done += 1
+        progress.n_tokens += entry.n_tokens
+        progress.n_bytes += sum(size for size, _ in entry.files.values())
+        progress.entry = entry
+        observe(progress)
+
+
+def _in_process(
+    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int]
+) -> Iterator[Entry]:
+    """Compute and commit blocks one after another in this process."""
+    plan, ledger = plan_of(config, checkpoint, manifest), Ledger(run, manifest.fingerprint)
+    worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
     try:
-        for block in missing:
+        for block in blocks:
             entry = worker.extract_block(block, ledger.next_attempt(block))
             ledger.commit(entry)
-            progress.done += 1
-            progress.n_tokens += entry.n_tokens
-            progress.n_bytes += sum(size for size, _ in entry.files.values())
-            progress.entry = entry
-            observe(progress)
+            yield entry
     finally:
         worker.close()
+
+
+def _on_ray(
+    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int]
+) -> Iterator[Entry]:
+    """Compute blocks on Ray actors, which commit them themselves."""
+    from headwater.extractor.ray_pool import RayPool
+
+    with RayPool(config, run, manifest, checkpoint) as pool:
+        yield from pool.run(blocks)
 
 
 def _finished(manifest: Manifest, run: Path) -> bool:
@@ -190,7 +211,7 @@ def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Path) -> None:
 
 def _stored_request(config: RunConfig, run: Path) -> RunConfig:
     """Fill a request that names only --out with what the run was made from."""
-    if config.to_json().keys() - {"out", "threads", "other_processor"}:
+    if config.to_json().keys() - {"out", "threads", "other_processor", "workers", "ray"}:
         return config
     m = read_manifest(run)
     c = m.config

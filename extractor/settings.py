@@ -16,7 +16,7 @@ CHOICES = {
     "on_overflow": ("fail", "keep"),
 }
 PER_SITE = {"dtype": ("float16", "float32"), "codec": tuple(CODECS)}
-COUNTS = ("seq_len", "max_sequences", "max_tokens", "block", "top_k", "threads")
+COUNTS = ("seq_len", "max_sequences", "max_tokens", "block", "top_k", "threads", "workers")
 SWITCHES = ("within_documents", "bos", "jsonl", "other_processor")
 LISTS = ("text", "sites", "labels")
 SELECTIONS = ("layers", "depths", "heads", "positions")
@@ -86,12 +86,13 @@ def read_per_site(text: str, name: str) -> tuple[str | None, dict[str, str]]:
 
 
 def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        _refuse(name, value, "a whole number from 1 on")
+    least = 0 if name == "workers" else 1
+    if type(value) is not int or value < least:
+        _refuse(name, value, f"a whole number from {least} on")
     if name == "block" and value & (value - 1):
         near = 1 << value.bit_length() - 1
         _refuse(name, value, f"a power of two, so that shards divide it; {near} and {2 * near} are near")
-    if name == "threads" and value > MOST_THREADS:
+    if name in ("threads", "workers") and value > MOST_THREADS:
         _refuse(name, value, f"at most {MOST_THREADS}")
     return int(value)
 

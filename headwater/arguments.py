@@ -186,7 +186,9 @@ def _add_extraction(parser: Parser) -> None:
         "--on-overflow": ("O", "what to do with values that float16 cannot hold: fail, or keep them as infinity "
                                "(default: fail)"),
         "--block": ("B", "sequences that are finished together, a power of two (default: about 16,000 tokens)"),
-        "--threads": ("N", "processor threads (default: one a core)"),
+        "--threads": ("N", "processor threads of each worker (default: all cores, shared among the workers)"),
+        "--workers": ("N", "worker processes, through Ray; 0 computes in this one (default: 0)"),
+        "--ray": ("ADDRESS", "Ray cluster to use: auto, or its address; every node must see --out"),
         "--other-processor": ("", "go on with a run that another kind of processor or torch began; last bits may "
                                   "differ"),
     })  # fmt: skip

@@ -20,6 +20,7 @@ REFUSED, INTERRUPTED = 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 done, 1 failed while running, 2 wrong request, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not take the cores of the writer threads
     try:
         with _termination():
             code = _run(list(sys.argv[1:] if arguments is None else arguments))

@@ -87,10 +87,10 @@ def run_extract(options: Any) -> int:
     try:
         run = extract(config, reporter)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(reporter.kept(str(config.out))) from None
+        raise KeyboardInterrupt(_kept(config)) from None
     except ValueError as error:
         if reporter.computing and type(error) is ValueError:
-            raise RuntimeError(f"{error}. {reporter.kept(str(config.out))}") from error
+            raise RuntimeError(f"{error}. {_kept(config)}") from error
         raise
     finally:
         reporter.close()
@@ -107,6 +107,21 @@ def run_extract(options: Any) -> int:
             f"{count(len(run.sites), 'array')}, {show_bytes(n_bytes)}. See `headwater info {run.path}`."
         )
     return DONE
+
+
+def _kept(config: RunConfig) -> str:
+    """Say what of a run is kept when it stops now."""
+    from headwater.store.reader import open_run
+
+    try:
+        run = open_run(config.out)
+        n_done = len(run.ledger.committed())
+    except (OSError, ValueError):
+        return "Nothing was computed yet: run the same command again to start over."
+    return (
+        f"{n_done:,} of {count(run.manifest.n_blocks, 'block')} are kept in {config.out}: run the same command again "
+        "to go on."
+    )
 
 
 def run_status(options: Any) -> int:

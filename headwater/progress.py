@@ -67,15 +67,6 @@ class Reporter:
         """Whether the text is committed and blocks are under way."""
         return self._seen is not None and self._seen.phase == "blocks"
 
-    def kept(self, run: str) -> str:
-        """Say what of a run is kept when it stops now."""
-        if not self.computing or self._seen is None:
-            return "Nothing was computed yet: run the same command again to start over."
-        return (
-            f"{self._seen.done:,} of {count(self._seen.n_blocks, 'block')} are kept in {run}: run the same command "
-            "again to go on."
-        )
-
     def __call__(self, progress: Progress) -> None:
         first = self._seen is None or self._seen.phase != progress.phase
         self._seen = progress

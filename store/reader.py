@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from headwater.store.shard import CRC_BYTES, MISSING, crc32c, decode_index
 OPEN_SHARDS = 64
 
 
-def open_run(path: str | Path) -> Run:
+def open_run(path: str | os.PathLike[str]) -> Run:
     """Open a run for reading, whole or half done; raise RunError where there is none."""
     return Run(Path(path))
 

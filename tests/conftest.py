@@ -1,5 +1,9 @@
 """What tests of the forward pass share: random GPT-2 models, and a float64 oracle of every site from transformers."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin where tests share the machine
+
 import copy
 import json
 from collections import defaultdict
@@ -238,7 +242,8 @@ def cli(capsys):
 
 @pytest.fixture(scope="session")
 def analysis_run(tmp_path_factory, tiny_gpt2):
-    """Make float32 runs of every site, each once: "plain" (10 rows of 40 ids), "packed" documents, "padded" ones."""
+    """Make float32 runs of every site, each once: "plain" (10 rows of 40 ids), "packed" documents, "padded" ones, and
+    "last" and "0:5", padded ones with these positions of the vector sites."""
     import headwater
 
     home, made = tmp_path_factory.mktemp("analysis"), {}
@@ -258,9 +263,33 @@ def analysis_run(tmp_path_factory, tiny_gpt2):
             texts.mkdir()
             for i, n in enumerate((1, 7, 3, 12, 2, 5, 9, 4, 20)):
                 (texts / f"{i}.txt").write_text(" ".join(rng.choice(["the", "quick", "foxing", "lazily", "do8g"], n)))
-            mode = {"mode": "document"} if layout == "padded" else {"within_documents": True}
+            mode = {"within_documents": True} if layout == "packed" else {"mode": "document"}
+            mode |= {"positions": layout} if layout in ("last", "0:5") else {}
             config = RunConfig(model=str(tiny_gpt2), text=(str(texts),), seq_len=24, **mode, **common)
         made[layout] = headwater.extract(config)
         return made[layout]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def mgm_model(pytestconfig):
+    """The directory of MGM, a trained GPT-2 that comes in the package microformer-mgm; skip where it cannot be had."""
+    import hashlib
+    import subprocess
+    import sys
+    import zipfile
+
+    home = pytestconfig.cache.mkdir("mgm-0.5.8")
+    inside = "mgm/resources/general_model"
+    if not (home / inside / "pytorch_model.bin").is_file():
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(home),
+                   "microformer-mgm==0.5.8"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"microformer-mgm cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
+        with zipfile.ZipFile(next(home.glob("*.whl"))) as wheel:
+            wheel.extractall(home, [name for name in wheel.namelist() if name.startswith(inside)])
+    digest = hashlib.sha256((home / inside / "pytorch_model.bin").read_bytes()).hexdigest()
+    assert digest.startswith("7a83b442dcb0cbe2")
+    return home / inside
