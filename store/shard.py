@@ -54,7 +54,7 @@ def _advance(crc: int, n_bytes: int) -> int:
 
 @lru_cache(maxsize=64)
 def _advance_columns(n_bytes: int) -> tuple[int, ...]:
-    """Return where each of the 32 bits goes: the map of one zero byte, squared and multiplied (zlib's crc32_combine)."""
+    """Return where each of the 32 bits goes: the map of one zero byte, raised to a power as in zlib's crc32_combine."""
     power = [_zero_byte(1 << bit) for bit in range(32)]
     columns = [1 << bit for bit in range(32)]
     while n_bytes:
