@@ -35,12 +35,25 @@ def merge_scatter(
 
 
 def add_rows(n: np.ndarray, mean: np.ndarray, scatter: np.ndarray | None, rows_nD: np.ndarray) -> None:
-    """Add rows to one group's count [], mean [D] and, unless None, scatter [D, D], in place; `rows_nD` is used up."""
-    if not len(rows_nD):
+    """Add rows to one group's count [], mean [D] and, unless None, scatter [D, D], in place.
+
+    `rows_nD` is float64 and has one row more than counts, the last: room for the step between the means, so that one
+    product gives the scatter and its correction. It is used up.
+    """
+    count = np.array(len(rows_nD) - 1, np.float64)
+    if count == 0:
         return
-    count = np.array(len(rows_nD), np.float64)
-    centre = rows_nD.sum(0) / count
+    rows, last = rows_nD[:-1], rows_nD[-1]
+    centre = rows.sum(0) / count
     if scatter is not None:
-        rows_nD -= centre
-        merge_scatter(scatter, rows_nD.T @ rows_nD, float(n), float(count), centre - mean, centre - mean)
+        rows -= centre
+        np.multiply(centre - mean, np.sqrt(n * count / (n + count)), out=last)
+        scatter += rows_nD.T @ rows_nD
     merge_mean(n, mean, count, centre)
+
+
+def with_room(rows_nD: np.ndarray) -> np.ndarray:
+    """Copy rows into float64 with one row more, as `add_rows` wants them."""
+    out = np.empty((len(rows_nD) + 1, *rows_nD.shape[1:]))
+    out[:-1] = rows_nD
+    return out

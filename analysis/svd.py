@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from headwater.analysis.engine import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
-from headwater.analysis.moments import add_rows, merge_mean, merge_scatter
+from headwater.analysis.moments import add_rows, merge_mean, merge_scatter, with_room
 from headwater.analysis.reducer import Chunk, Reducer, State, need_sites
 from headwater.analysis.results import coordinates, provenance
 from headwater.analysis.work import waiting_states
@@ -75,7 +75,7 @@ class Scatter(Reducer):
             n = state["n"][part, at, ...]
             for group in range(self.n_groups):
                 count = n.copy()
-                values = rows[:, group].astype(np.float64)
+                values = with_room(rows[:, group])
                 add_rows(count, state["mean"][part, at, group], state["scatter"][part, at, group], values)
             n[...] = count
 

@@ -168,6 +168,14 @@ def row(case: Any, made: Compiled) -> dict[str, Any]:
     }
 
 
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Compile the cases asked for; return 1 where one breaks its budget."""
     from headwater.benchmarks.aot_cases import choose_table, compile_case, cover_cases, table_cases
@@ -193,12 +201,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{case.name}: {made.registers} registers, {made.spills} spills, {made.shared} bytes shared, "
               f"{made.seconds:.1f} s{rows[-1]['faults'] and '; BREAKS ITS BUDGET: ' + rows[-1]['faults']}",
               file=sys.stderr, flush=True)
-    if options.all:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        if options.all:
+            _write(options.out, rows)
     return int(any(line["faults"] for line in rows))
 
 

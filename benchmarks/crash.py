@@ -1,11 +1,15 @@
-"""End an extraction at its disk operations, one after another; what is left must be right and resume to the same bytes.
+"""Break an extraction at its disk operations, one after another; what is left must be right and resume to equal bytes.
 
-`python -m headwater.benchmarks.crash` tries every operation; `--power` replays what a power loss would leave.
+`python -m headwater.benchmarks.crash` ends the process before each operation and half-way through each write, and lets
+each operation, and all writes from it on, fail. `--power` replays what a power loss would leave instead.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import gc
+import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +24,10 @@ import torch
 from headwater.benchmarks import faults, power
 from headwater.extractor.config import RunConfig
 from headwater.extractor.run import extract
+from headwater.store.manifest import RunError
+
+WAYS = ("ended", "torn", "failed", "disk full")
+LIBRARY_HANDLES = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,36 +55,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
-    """End the process at every `stride`-th operation, before it and half-way through writes; count the outcomes."""
+    """Break every `stride`-th operation in each way that applies; count the outcomes."""
     reference = Path(config.out).with_name("reference")
     names = faults.count_operations(lambda: extract(replace(config, out=str(reference))))
     expected = faults.contents(reference)
-    points = [(n, torn) for n in range(0, len(names) + stride, stride) for torn in (False, True)]
-    points = [(n, torn) for n, torn in points if not torn or (n < len(names) and "write" in names[n])]
+    points = [(n, way) for n in range(0, len(names), stride) for way in WAYS if way != "torn" or "write" in names[n]]
 
-    def trial(point: tuple[int, bool]) -> str:
-        n, torn = point
-        run = reference.with_name(f"run-{n}-{torn}")
-        code = faults.in_child(lambda: _ended(replace(config, out=str(run)), n, torn))
+    def trial(point: tuple[int, str]) -> str:
+        n, way = point
+        again = replace(config, out=str(reference.with_name(f"run-{n}-{way}")))
+        code = faults.in_child(lambda: _break(again, expected, n, way))
         deep = reference if n // stride % 8 == 0 else None
-        after = faults.in_child(lambda: _checked(replace(config, out=str(run)), expected, deep))
-        shutil.rmtree(run, ignore_errors=True)
+        after = faults.in_child(lambda: _check(again, expected, deep))
+        shutil.rmtree(again.out, ignore_errors=True)
         if code not in (0, faults.ENDED) or after:
-            where = names[n] if n < len(names) else "the end"
-            print(f"operation {n} ({where}{', torn' if torn else ''}): exit codes {code}, {after}", file=sys.stderr)
+            print(f"operation {n} ({names[n]}), {way}: exit codes {code}, {after}", file=sys.stderr)
             return "wrong"
-        return "ended and resumed" if code else "ran to the end"
+        return f"{way} and resumed" if code else f"{way} did no harm"
 
     return Counter(faults.spread(points, trial, jobs)) | Counter({"operations": len(names)})
 
 
-def _ended(config: RunConfig, n: int, torn: bool) -> None:
-    with faults.hooked(faults.end_at(n, torn)):
-        extract(config)
+def _break(config: RunConfig, expected: dict[str, bytes], n: int, way: str) -> None:
+    """Extract until the fault; after an error go on in the same process, which must not have lost a file handle."""
+    if way in ("ended", "torn"):
+        with faults.hooked(faults.end_at(n, way == "torn")):
+            extract(config)
+        return
+    handles = len(os.listdir("/proc/self/fd"))
+    number = errno.EIO if way == "failed" else errno.ENOSPC
+    try:
+        with faults.hooked(faults.fail_at(n, number, way == "failed")):
+            extract(config)
+    except (OSError, RunError) as error:
+        assert number in (getattr(error, "errno", None), getattr(error.__cause__, "errno", None)), error
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) <= handles + LIBRARY_HANDLES, os.listdir("/proc/self/fd")
+        _check(config, expected, None)
+        os._exit(faults.ENDED)
 
 
-def _checked(config: RunConfig, expected: dict[str, bytes], deep: Path | None) -> None:
-    """Check what the crash left (by zarr-python too, against the run `deep`), resume, and check the whole."""
+def _check(config: RunConfig, expected: dict[str, bytes], deep: Path | None) -> None:
+    """Check what a fault left (by zarr-python too, against the run `deep`), resume, and check the whole."""
     run = Path(config.out)
     faults.check_survivors(run, expected)
     if deep is not None:

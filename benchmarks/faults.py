@@ -110,6 +110,19 @@ def end_at(n: int, torn: bool = False) -> Hook:
     return hook
 
 
+def fail_at(n: int, number: int, once: bool) -> Hook:
+    """Return a hook that raises OSError `number` at the n-th operation `once`, or at every write from it on."""
+    count = iter(range(sys.maxsize))
+
+    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        at = next(count)
+        if at == n if once else at >= n and name in ("write", "pwrite", "mkdir"):
+            raise OSError(number, os.strerror(number))
+        return function(*args, **kwargs)
+
+    return hook
+
+
 def count_operations(action: Callable[[], object]) -> list[str]:
     """Run an action and return the names of its disk operations in order."""
     names: list[str] = []
@@ -164,7 +177,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 
 def check_survivors(run: Path, expected: dict[str, bytes]) -> None:
-    """Check what a crash left: no file is wrong once the text is committed, `complete` and ledger claim what is there."""
+    """Check what a crash left: once the text is committed no file is wrong, and nothing is claimed that is missing."""
     if not manifest_path(run).exists():
         return
     opened, found = open_run(run), contents(run)

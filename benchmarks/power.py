@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections import Counter
@@ -26,7 +27,7 @@ from headwater.store.manifest import manifest_path, read_manifest
 
 CALLS = (*faults.CHANGES, "open", "close")
 MODES = ("only what was synced", "every name, no unsynced bytes", "some of both")
-CRASHES = 6
+CRASHES = 4
 Event = tuple[Any, ...]
 
 
@@ -177,14 +178,14 @@ def recorder(top: Path, events: list[Event]) -> faults.Hook:
     return hook
 
 
-def record(config: RunConfig, end: int | None = None) -> list[Event]:
-    """Extract in a child and return its operations on disk; with `end`, only `end` of them happen."""
+def record(config: RunConfig, end: int | Event | None = None) -> list[Event]:
+    """Extract in a child and return its operations on disk; it crashes after `end` of them, or after making a name."""
     run, events = Path(config.out), list[Event]()
-    note, changes = recorder(run.parent, events), iter(range(sys.maxsize))
+    note = recorder(run.parent, events)
     kept = run.parent.with_name(f"{run.parent.name}.events")
 
     def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in faults.CHANGES and next(changes) == end:
+        if name in faults.CHANGES and events and end in (len(events), (events[-1][0], events[-1][-1])):
             _save(kept, events)
         return note(name, function, args, kwargs)
 
@@ -214,15 +215,18 @@ def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
     whole = record(replace(config, out=str(reference)))
     expected = faults.contents(reference)
     traces = [(whole, 0)]
-    for i in range(1, CRASHES + 1):
+    ends: list[Any] = [len(whole) * i // (CRASHES + 1) for i in range(1, CRASHES + 1)]
+    named = [(e[0], e[-1]) for e in whole if e[0] in ("mkdir", "replace", "link")]
+    ends += [end for end in named if re.fullmatch(r"run(/headwater(/ledger.*|/[^/]*)?)?", end[1])]
+    for i, end in enumerate(ends):
         again = replace(config, out=str(home / f"again-{i}" / "run"))
         Path(again.out).parent.mkdir()
-        first = record(again, sum(e[0] != "opened" and e[0] != "closed" for e in whole) * i // (CRASHES + 1))
+        first = record(again, end)
         traces.append(([*first, ("new_process",), *record(again)], len(first)))
         shutil.rmtree(Path(again.out).parent)
     points = [
         (i, n, mode) for i, (events, start) in enumerate(traces)
-        for n in range(start, len(events) + 1, stride if i == 0 else stride * CRASHES) for mode in MODES
+        for n in range(len(events), start - 1, -stride * (len(ends) if i else 1)) for mode in MODES
     ]  # fmt: skip
 
     def trial(point: tuple[int, int, str]) -> str:

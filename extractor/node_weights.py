@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,39 +18,62 @@ import safetensors.torch
 from headwater.extractor.weights import Checkpoint, CheckpointError, ModelConfig
 
 
-def publish(run: Path, checkpoint: Checkpoint) -> Path:
-    """Write the weights into the run's temporary folder, unless they are there; return the file."""
-    path = _published(run, checkpoint.digest)
-    if not path.exists():
+@contextmanager
+def published(run: Path, checkpoint: Checkpoint) -> Iterator[None]:
+    """Keep the weights in the run's temporary folder for a while; the file is gone afterwards, whatever happens."""
+    path = _source(run, checkpoint.digest)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
         metadata = {"config": json.dumps(asdict(checkpoint.config)), "name": checkpoint.name}
-        temporary = path.with_suffix(f".{os.getpid()}")
         tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
         safetensors.torch.save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
-    return path
+        yield
+    finally:
+        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def load_local(run: Path, digest: str) -> Checkpoint:
-    """Map this node's copy of the published weights, making it first where there is none.
+def load(run: Path, digest: str, shared: bool) -> Checkpoint:
+    """Map the published weights: the run's own file where the driver is on this machine, else a copy on this node.
 
     The tensors share one memory map among all workers of the node. Raises CheckpointError where the run has no weights.
     """
-    source = _published(run, digest)
-    local = Path(tempfile.gettempdir()) / f"headwater-{os.getuid()}" / f"{digest}.safetensors"
-    local.parent.mkdir(mode=0o700, exist_ok=True)
-    with open(local.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not local.exists():
-            if not source.exists():
-                raise CheckpointError(f"{source} is missing; start the extraction again, it puts the weights there.")
-            temporary = local.with_suffix(".copy")
-            shutil.copyfile(source, temporary)
-            os.replace(temporary, local)
-    with safetensors.safe_open(local, "pt") as file:
+    path = _source(run, digest) if shared else _local_copy(_source(run, digest), digest)
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; start the extraction again, it puts the weights there.")
+    with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     return Checkpoint(metadata["name"], ModelConfig(**json.loads(metadata["config"])), tensors, digest, None)
 
 
-def _published(run: Path, digest: str) -> Path:
+def cache_folder() -> Path:
+    """Return this node's folder for weights, which is ours alone; it holds one model, that of the newest run."""
+    folder = Path(tempfile.gettempdir()) / f"headwater-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise CheckpointError(f"{folder} belongs to somebody else; remove it, or set TMPDIR to another directory.")
+    return folder
+
+
+def _local_copy(source: Path, digest: str) -> Path:
+    """Return this node's copy of a file of weights, made whole or not at all, once."""
+    local = cache_folder() / f"{digest}.safetensors"
+    with open(local.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not local.exists() and source.exists():
+            for old in local.parent.glob("*.safetensors*"):  # maps of it stay valid
+                with suppress(OSError):
+                    old.unlink()
+            temporary = local.with_suffix(".safetensors.part")
+            with open(source, "rb") as read, open(temporary, "wb") as write:
+                shutil.copyfileobj(read, write, 1 << 24)
+                write.flush()
+                os.fsync(write.fileno())
+            os.replace(temporary, local)
+    return local
+
+
+def _source(run: Path, digest: str) -> Path:
     return run / "headwater" / "tmp" / f"weights-{digest[:16]}.safetensors"

@@ -20,8 +20,8 @@ def parse_indices(text: str, size: int, what: str) -> tuple[int, ...]:
     """
     chosen: set[int] = set()
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(-?\d+)?\s*(?:(:)\s*(-?\d+)?\s*(?::\s*(\d+))?)?\s*", part)
-        if match is None or not part.strip() or match[4] == "0":
+        match = re.fullmatch(r"\s*(-?\d{1,9})?\s*(?:(:)\s*(-?\d{1,9})?\s*(?::\s*(\d{1,9}))?)?\s*", part)
+        if match is None or not part.strip() or int(match[4] or 1) == 0:
             raise RequestError(f"--{what} {text!r}: {part!r} is not an index or a range; expected for example 0,4:8.")
         if match[2]:
             start, stop = (int(g) if g else None for g in (match[1], match[3]))

@@ -165,7 +165,7 @@ def array_metadata(
 
 def tile_edge(n_positions: int) -> int:
     """Choose the edge of the causal tiles: T up to 256, else the largest of 256, 128, 64 whose stored size is within
-    1.2 × of the smallest (300 → 64, 512 and 1024 → 256)."""
+    4/3 of the smallest (300 → 64, 512 and 1024 → 256)."""
     if n_positions <= 256:
         return n_positions
 
@@ -174,7 +174,7 @@ def tile_edge(n_positions: int) -> int:
         return side * (side + 1) // 2 * edge * edge
 
     smallest = min(map(stored, (256, 128, 64)))
-    return next(edge for edge in (256, 128, 64) if stored(edge) <= 1.2 * smallest)
+    return next(edge for edge in (256, 128, 64) if 3 * stored(edge) <= 4 * smallest)
 
 
 def make_spec(

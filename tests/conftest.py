@@ -247,11 +247,11 @@ def analysis_run(tmp_path_factory, tiny_gpt2):
     import headwater
 
     home, made = tmp_path_factory.mktemp("analysis"), {}
-    rng = np.random.default_rng(3)
 
     def run(layout):
         if layout in made:
             return made[layout]
+        rng = np.random.default_rng(3)
         common = {"out": str(home / layout), "preset": "all", "block": 2, "dtype": "float32", "top_k": 3}
         if layout == "plain":
             random_gpt2(n_layer=3, n_head=3, n_embd=24).save_pretrained(home / "model")

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -15,7 +16,10 @@ from triton.runtime import interpreter
 
 from headwater.kernels import attention_pattern, blocks, column_mass
 from headwater.kernels.attention_pattern import plan_pattern
+from headwater.kernels.attention_statistics import plan_statistics
 from headwater.kernels.launch import Config
+from headwater.kernels.reference import attention_reference
+from headwater.kernels.residual_tap import plan_residual
 
 sys.path.insert(0, str(Path(__file__).parent))
 import kernels_interpreted as cases
@@ -25,26 +29,30 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 class Counter:
-    """Count the elements that stores write, by the size of an element."""
+    """Count the bytes that loads read and stores write, masked elements left out."""
 
     def __init__(self, monkeypatch):
-        self.stored = {}
-        builder = interpreter.interpreter_builder
-        store, masked = type(builder).create_store, type(builder).create_masked_store
+        self.loaded = self.stored = 0
+        builder = type(interpreter.interpreter_builder)
+        load, store = builder.create_masked_load, builder.create_masked_store
 
-        def count(ptrs, n):
-            size = ptrs.get_element_ty().primitive_bitwidth // 8
-            self.stored[size] = self.stored.get(size, 0) + int(n)
+        def size(ptrs, mask):
+            return int(mask.data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8
 
-        def create_store(builder, ptr, val, *rest):
-            return store(builder, ptr, val, *rest)
+        def create_masked_load(builder, ptrs, mask, *rest, **named):
+            self.loaded += size(ptrs, mask)
+            return load(builder, ptrs, mask, *rest, **named)
 
         def create_masked_store(builder, ptrs, value, mask, *rest):
-            count(ptrs, mask.data.sum())
-            return masked(builder, ptrs, value, mask, *rest)
+            self.stored += size(ptrs, mask)
+            return store(builder, ptrs, value, mask, *rest)
 
-        monkeypatch.setattr(type(builder), "create_store", create_store)
-        monkeypatch.setattr(type(builder), "create_masked_store", create_masked_store)
+        monkeypatch.setattr(builder, "create_masked_load", create_masked_load)
+        monkeypatch.setattr(builder, "create_masked_store", create_masked_store)
+
+
+def nbytes(*tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 @pytest.mark.parametrize("tma", [False, True])
@@ -54,8 +62,61 @@ def test_pattern_is_stored_exactly_once(monkeypatch, tma, edge):
     counter = Counter(monkeypatch)
     launch = plan_pattern(q, k, v, scale=0.4, row_start=start, edge=edge, pattern_dtype=torch.float16,
                           config=Config(32, 16, 4, 2, tma=tma))
-    z, lse, pattern = launch.run()
-    assert counter.stored == {2: pattern.numel(), 4: z.numel() + lse.numel()}
+    outputs = launch.run()
+    assert counter.stored == nbytes(*outputs)
+
+
+def test_statistics_are_stored_exactly_once(monkeypatch):
+    q, k, v, start = inputs(120, (2, 2), 32, FULL, "packed", 5)
+    counter = Counter(monkeypatch)
+    launch = plan_statistics(q, k, v, scale=0.4, row_start=start, statistics=True, features=None,
+                             config=Config(32, 32, 4, 2))
+    outputs = launch.run()
+    assert counter.stored == nbytes(*outputs)
+
+
+def test_residual_tap_moves_no_byte_twice(monkeypatch):
+    x, delta = (torch.randn(64, 200).half() for _ in range(2))
+    w = torch.randn(200).half()
+    out = torch.empty_like(x)
+    counter = Counter(monkeypatch)
+    launch = plan_residual(x, delta, w, w, epsilon=1e-5, previous=None, out=out, slot=None,
+                           config=Config(16, 0, 4, 1))
+    normed, floats, ints = launch.run()
+    assert counter.stored == nbytes(out, normed, floats, ints)
+    assert counter.loaded == nbytes(x, delta) + 64 // 16 * nbytes(w, w)
+
+
+def test_packed_documents_skip_the_keys_of_others():
+    """Four documents read a quarter of what one reads, up to blocks that straddle."""
+    read = []
+    for length in (128, 32):
+        q, k, v, _ = inputs(128, (1, 1), 32, FULL, "causal", 5, n=1)
+        start = (torch.arange(128) // length * length).int()[None]
+        with pytest.MonkeyPatch.context() as patch:
+            counter = Counter(patch)
+            plan_statistics(q, k, v, scale=0.4, row_start=start, statistics=False, features=None,
+                            config=Config(32, 32, 4, 2)).run()
+        read.append(counter.loaded - nbytes(q, start))
+    assert read[1] * 10 == read[0] * 4
+
+
+def test_a_pattern_of_more_than_2_to_the_31_elements(monkeypatch):
+    """Only the last program is run, in virtual memory: its offsets need 64 bits."""
+    n_positions = 64
+    n = 2**31 // n_positions**2 + 3
+    q, k, v, _ = inputs(n_positions, (1, 1), 16, torch.float16, "causal", 0, n=1)
+    launch = plan_pattern(*(x.expand(n, -1, -1, -1) for x in (q, k, v)), scale=0.4, row_start=None, edge=-1,
+                          pattern_dtype=torch.float16, config=Config(64, 64, 4, 2))
+    builder = type(interpreter.interpreter_builder)
+    last = interpreter.TensorHandle(np.array([n - 1], np.int32), tl.int32)
+    monkeypatch.setattr(builder, "create_get_program_id", lambda builder, axis: last)
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *arguments: None)
+    _, lse, pattern = replace(launch, grid=1).run()
+    want = attention_reference(q.double(), k.double(), v.double(), scale=0.4, pattern="square")
+    assert pattern.numel() > 2**31
+    torch.testing.assert_close(pattern[-1].double(), want.pattern[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse[-1].double(), want.lse[0], atol=1e-5, rtol=1e-5)
 
 
 @triton.jit

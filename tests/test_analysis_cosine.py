@@ -7,7 +7,7 @@ from headwater.analysis.cka import CrossScatter, cka_analysis
 from headwater.analysis.cosine import cosine
 from headwater.analysis.cosine_passes import Centres, Pairs, median
 from headwater.analysis.engine import Scan, analyse
-from headwater.analysis.moments import add_rows, merge_mean, merge_scatter
+from headwater.analysis.moments import add_rows, merge_mean, merge_scatter, with_room
 from headwater.store.manifest import RunError
 
 LAYOUTS = ("plain", "packed", "padded")
@@ -69,6 +69,20 @@ def test_cka_is_its_definition_in_any_number_of_passes(analysis_run, layout, sta
         cross = np.array([[np.linalg.norm(a.T @ b) ** 2 for b in y] for a in y])
         own = np.sqrt(np.diagonal(cross))
         np.testing.assert_allclose(got.cka[p], cross / np.outer(own, own), 1e-9)
+
+
+def test_selected_positions_are_the_same_tokens(analysis_run):
+    padded = analysis_run("padded")
+    row_start, t = padded.plain("row_start"), np.arange(padded.manifest.n_positions)
+    last = np.where(row_start <= t, t, -1).max(1)
+    for layout, keep in (("0:5", (row_start <= t) & (t < 5)), ("last", t == last[:, None])):
+        x, first = padded["resid"][:].astype(np.float64)[:, keep], (row_start == t)[keep]
+        assert layout == "last" or first.any()
+        got = cosine(analysis_run(layout), outliers=[], cka=None)
+        for p in (0, 1):
+            mean, u = direct(x, first, 0, p, [])
+            np.testing.assert_allclose(got.cosine[0, p, 0], mean, 1e-5)
+            assert (got.n_tokens[0, p, 0] == u.shape[1]).all()
 
 
 def test_cka_takes_the_pairs_it_is_asked_for(analysis_run):
@@ -152,10 +166,10 @@ def test_merged_moments_are_those_of_all_rows_whatever_the_offset():
     rng = np.random.default_rng(2)
     rows = rng.normal(size=(300, 5)) + 1e6
     n, mean, scatter = np.zeros(()), np.zeros(5), np.zeros((5, 5))
-    add_rows(n, mean, scatter, rows[:7].copy())
+    add_rows(n, mean, scatter, with_room(rows[:7]))
     n_b, mean_b, scatter_b = np.zeros(()), np.zeros(5), np.zeros((5, 5))
     for at in range(7, 300, 50):
-        add_rows(n_b, mean_b, scatter_b, rows[at : at + 50].copy())
+        add_rows(n_b, mean_b, scatter_b, with_room(rows[at : at + 50]))
     step = mean_b - mean
     merge_scatter(scatter, scatter_b, float(n), float(n_b), step, step)
     merge_mean(n, mean, n_b, mean_b)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater.analysis.sink_rows import QUERY_SETS, Words, pattern_figures, query_sets, row_figures, segments
+from headwater.analysis.sink_rows import Words, pattern_figures, query_sets, row_figures, segments
 from headwater.analysis.sinks import attn_word, sinks
 from headwater.analysis.transition import transitions
 from headwater.store.manifest import RunError
@@ -20,9 +20,8 @@ def test_transitions_are_those_of_the_field():
         assert into.r2 >= 0.5 and into.jump >= 0.1
     into, out = transitions([0.01, 0.02, 0.5, 0.5, 0.5, 0.52, 0.05])
     assert (into.index, out.index) == (2, 6) and out.jump > 0.4
-    assert transitions([0.3] * 6) == transitions([0.5, 0.4, 0.3]) == transitions([]) == transitions([0.2]) == (None, None)
-    assert transitions([0.1, 0.15, 0.12, 0.18]) == (None, None)
-    assert transitions([0, 1, 0, 1, 0, 1, 0, 1, 0]) == (None, None)
+    nothing = ([0.3] * 6, [0.5, 0.4, 0.3], [], [0.2], [0.1, 0.15, 0.12, 0.18], [0, 1, 0, 1, 0, 1, 0, 1, 0])
+    assert all(transitions(values) == (None, None) for values in nothing)
 
 
 def make_run(home, oracle, ids, change, **config):
@@ -130,15 +129,13 @@ def test_a_run_gives_the_means_of_its_rows(analysis_run, layout):
     run = analysis_run(layout)
     got, stored = sinks(run, window=8, words=False), sinks(run, window=8, source="statistics")
     row_start, pattern = run.plain("row_start"), run["pattern"][:].astype(np.float64)
-    for layer, s in np.ndindex(*pattern.shape[:2]):
-        figures = pattern_figures(pattern[layer, s], row_start[s])[0]
-        member = query_sets(row_start[s])
-        both = (figures, member) if s == 0 else (np.concatenate([both[0], figures], -1), np.concatenate([both[1], member], 1))
-        if s == pattern.shape[1] - 1:
-            for i, (name, quantity) in enumerate((("first_token_share", 0), ("entropy_non_sink", 3), ("distance", 4))):
-                for j, query_set in enumerate(QUERY_SETS):
-                    want = np.nanmean(both[0][quantity][:, both[1][j]], -1)
-                    np.testing.assert_allclose(got[name].sel(query_set=query_set)[layer], want, 1e-10, err_msg=str(i))
+    member = np.concatenate([query_sets(starts) for starts in row_start], 1)
+    for layer, patterns in enumerate(pattern):
+        found = [pattern_figures(p, starts)[0] for p, starts in zip(patterns, row_start, strict=True)]
+        figures = np.concatenate(found, -1)
+        for name, quantity in (("first_token_share", 0), ("entropy_non_sink", 3), ("distance", 4)):
+            want = np.stack([np.nanmean(figures[quantity][:, chosen], -1) for chosen in member])
+            np.testing.assert_allclose(got[name][:, layer], want, 1e-10, err_msg=name)
     pieces = [(s, *piece) for s, starts in enumerate(row_start) for piece in segments(starts)]
     for k in (0, 1, 5):
         alphas = np.stack([pattern[:, s, :, a + k : b, a + k].mean(-1) for s, a, b in pieces if b - a > k])
@@ -149,6 +146,16 @@ def test_a_run_gives_the_means_of_its_rows(analysis_run, layout):
     for name in ("first_token_share", "entropy", "entropy_normalised", "entropy_non_sink", "distance", "received"):
         np.testing.assert_allclose(stored[name], got[name], 1e-5, 1e-5, err_msg=name)
     assert "sink_rate_window" not in stored
+
+
+def test_float16_patterns_agree_with_the_statistics(tmp_path, oracle):
+    ids = np.random.default_rng(1).integers(0, 31, (3, 60))
+    run = make_run(tmp_path, oracle, ids, lambda model: None, dtype="float16")
+    assert run["pattern"].dtype == np.float16
+    patterns, statistics = (sinks(run, source=source) for source in ("pattern", "statistics"))
+    for name in ("first_token_share", "entropy", "entropy_normalised", "entropy_non_sink", "received"):
+        np.testing.assert_allclose(patterns[name], statistics[name], 2e-3, 2e-3, err_msg=name)
+    np.testing.assert_allclose(patterns.distance, statistics.distance, 2e-3)
 
 
 def test_word_share_is_one_for_position_alone_and_counts_same_word_mass():
@@ -189,5 +196,5 @@ def test_bad_requests_say_what_to_extract(analysis_run, tmp_path, oracle):
     with pytest.raises(RunError, match="at layers"):
         sinks(analysis_run("plain"), layers=[8])
     run = make_run(tmp_path, oracle, np.zeros((1, 8)), lambda model: None, preset="residual")
-    with pytest.raises(RunError, match="sinks need pattern or attn_entropy.*--preset statistics"):
+    with pytest.raises(RunError, match=r"sinks need pattern or attn_entropy.*--preset statistics"):
         sinks(run)

@@ -37,7 +37,7 @@ def test_a_budget_that_is_broken_is_said():
     made = aot_cases.compile_case(case)
     spilling = type(made)(**{**made.__dict__, "spills": 3, "matrix": 0, "stores": {32: 4}, "registers": 255,
                              "shared": 10**6})
-    assert len(aot_cases.faults(case, spilling)) == 4
+    assert len(aot_cases.faults(case, spilling)) == 5
 
 
 def test_committed_results_are_of_this_table():

@@ -1,0 +1,54 @@
+"""Memory: what analyses take at their peak is within what the engine projects, and near it."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import headwater
+from headwater.analysis.cka import CrossScatter
+from headwater.analysis.cosine_passes import Centres, Pairs
+from headwater.analysis.engine import Scan, reduce_run
+from headwater.analysis.sink_rows import Sinks
+from headwater.analysis.svd import Scatter
+from headwater.analysis.work import projected_bytes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, oracle):
+    """8 sequences of 512 positions, width 96, so that values outweigh the interpreter."""
+    home = tmp_path_factory.mktemp("memory")
+    oracle.gpt2(n_layer=3, n_head=4, n_embd=96, n_positions=512).save_pretrained(home / "model")
+    np.save(home / "ids.npy", np.random.default_rng(0).integers(0, 31, (8, 512)).astype(np.int32))
+    sites = ("resid", "pattern", "attn_entropy", "attn_sink", "attn_distance", "attn_received")
+    config = headwater.RunConfig(
+        model=str(home / "model"), tokens=str(home / "ids.npy"), out=str(home / "run"), sites=sites, block=2
+    )
+    return headwater.extract(config)
+
+
+MAKE = {
+    "centres": lambda run: Centres(run, "resid", range(4), True),
+    "pairs": lambda run: Pairs("resid", range(4), np.zeros((2, 4, 96)), np.array([3])),
+    "cka": lambda run: CrossScatter(run, "resid", [(i, i) for i in range(4)] + [(0, 1)]),
+    "svd": lambda run: Scatter(run, "resid", range(4)),
+    "patterns": lambda run: Sinks(run, "pattern", 0.3, 64, range(3), None),
+    "statistics": lambda run: Sinks(run, "statistics", 0.3, 64, range(3), None),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("what", MAKE)
+def test_the_peak_is_within_the_projection(run, what, workers, monkeypatch):
+    monkeypatch.setattr("headwater.analysis.work.BASE_BYTES", 1 << 20)
+    reducer = MAKE[what](run)
+    assert reducer.nbytes == sum(value.nbytes for value in reducer.zero().values())
+    reduce_run(run, [reducer], Scan(workers=workers))
+    projected = projected_bytes(run, [reducer], workers)
+    tracemalloc.start()
+    try:
+        reduce_run(run, [reducer], Scan(workers=workers, memory=projected))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak <= projected <= 12 * peak + (8 << 20)
