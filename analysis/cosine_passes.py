@@ -121,11 +121,13 @@ class Pairs(Reducer):
         rows = [chunk.rows(site, lead, text.real) for lead in self.leads]
         first = text.first[text.real]
         tiles = iter_tiles(len(first), self.n_lead * self.width * 8)
+        buffer = np.empty(self.n_lead * max((tile.stop - tile.start for tile in tiles), default=0) * self.width)
         for tile in tiles:
-            x_LnD = np.empty((self.n_lead, tile.stop - tile.start, self.width))
+            n = tile.stop - tile.start
+            x_LnD = buffer[: self.n_lead * n * self.width].reshape(self.n_lead, n, self.width)
             for lead, values in enumerate(rows):
                 x_LnD[lead] = values[tile]
-            self._tile(state, x_LnD, np.stack([np.ones(len(first[tile])), ~first[tile]]))
+            self._tile(state, x_LnD, np.stack([np.ones(n), ~first[tile]]))
 
     def _tile(self, state: State, x_LnD: np.ndarray, in_Pn: np.ndarray) -> None:
         n = x_LnD.shape[1]

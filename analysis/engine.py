@@ -12,8 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import headwater
+from headwater.analysis.checkpoint import Checkpoint, Nodes
 from headwater.analysis.pools import Pool, make_pool
 from headwater.analysis.reducer import Reducer, State, need_sites
+from headwater.analysis.results import analysis_path
 from headwater.analysis.work import Work, projected_bytes
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run, open_run
@@ -34,12 +39,17 @@ class ScanProgress:
 
 @dataclass(frozen=True)
 class Scan:
-    """How to go over a run: workers and their pool, a limit of memory in bytes, whether an unfinished run will do."""
+    """How to go over a run: workers and their pool, a limit of memory in bytes, whether an unfinished run will do.
+
+    With `keep_seconds` the states of an unfinished scan are kept beside the run that often, and the same request goes
+    on from there.
+    """
 
     workers: int = 1
     pool: str | Pool | None = None
     memory: int | None = None
     partial: bool = False
+    keep_seconds: float | None = None
     observe: Callable[[ScanProgress], None] | None = None
 
 
@@ -70,11 +80,12 @@ def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> 
     The n-th passes of all analyses share one read of the run.
     """
     passes = max((a.passes for a in analyses), default=0)
+    kept = _checkpoint(run, analyses, scan)
     running = [(i, a, a.steps()) for i, a in enumerate(analyses)]
     results: list[Any] = [None] * len(analyses)
     wanted = {i: list(next(steps)) for i, _, steps in running}
     for at in range(passes):
-        reduced = iter(reduce_run(run, [r for rs in wanted.values() for r in rs], scan, at + 1, passes))
+        reduced = iter(reduce_run(run, [r for rs in wanted.values() for r in rs], scan, at + 1, passes, kept))
         answers = {i: [next(reduced) for _ in rs] for i, rs in wanted.items()}
         wanted = {}
         for i, analysis, steps in running:
@@ -86,11 +97,27 @@ def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> 
                 results[i] = stop.value
             if (i in wanted) != (at + 1 < analysis.passes):
                 raise AssertionError(f"{analysis.name} declares {analysis.passes} passes and wants another number")
+    if kept is not None:
+        kept.clear()
     return results
 
 
+def _checkpoint(run: Run, analyses: Sequence[Analysis], scan: Scan) -> Checkpoint | None:
+    if scan.keep_seconds is None:
+        return None
+    request = [[a.name, a.passes, a.arguments] for a in analyses]
+    blocks = committed_blocks(run, scan.partial)
+    identity = [headwater.__version__, np.__version__, run.manifest.fingerprint, request, blocks]
+    return Checkpoint(analysis_path(run, ".unfinished"), identity, scan.keep_seconds)
+
+
 def reduce_run(
-    run: Run, reducers: Sequence[Reducer], scan: Scan = ONE_BY_ONE, at: int = 1, passes: int = 1
+    run: Run,
+    reducers: Sequence[Reducer],
+    scan: Scan = ONE_BY_ONE,
+    at: int = 1,
+    passes: int = 1,
+    kept: Checkpoint | None = None,
 ) -> list[Any]:
     """Read a run once for several reducers; return each one's final result.
 
@@ -108,12 +135,16 @@ def reduce_run(
             "Use fewer workers, fewer layers or depths, or a higher limit."
         )
     tree = Tree(run.manifest.n_blocks, lambda a, b: [r.merge(x, y) for r, x, y in zip(reducers, a, b, strict=True)])
-    for block in set(range(run.manifest.n_blocks)) - set(blocks):
+    there = tree.restore(kept.load(at) if kept is not None else {})
+    for block in set(range(run.manifest.n_blocks)) - set(blocks) - there:
         tree.put(block, None)
-    progress = ScanProgress(passes, len(blocks), at=at)
-    for block, states in pool.map(Work(run, tuple(reducers)), blocks):
+    rest = [block for block in blocks if block not in there]
+    progress = ScanProgress(passes, len(blocks), len(blocks) - len(rest), at)
+    for block, states in pool.map(Work(run, tuple(reducers)), rest):
         tree.put(block, states)
         progress.done += 1
+        if kept is not None:
+            kept.save(at, tree.waiting, now=progress.done == len(blocks))
         if scan.observe is not None:
             scan.observe(progress)
     assert tree.root is not None
@@ -142,20 +173,30 @@ class Tree:
         self._widths = [n_leaves]
         while self._widths[-1] > 1:
             self._widths.append(-(-self._widths[-1] // 2))
-        self._waiting: dict[tuple[int, int], list[State] | None] = {}
-        self.root: list[State] | None = None
+        self.waiting: Nodes = {}
+
+    @property
+    def root(self) -> list[State] | None:
+        """The state of all leaves, once it is there."""
+        return self.waiting.get((len(self._widths) - 1, 0))
+
+    def restore(self, nodes: Nodes) -> set[int]:
+        """Take over waiting nodes; return the leaves that they cover."""
+        self.waiting |= nodes
+        n = self._widths[0]
+        return {leaf for level, index in nodes for leaf in range(index << level, min((index + 1) << level, n))}
 
     def put(self, index: int, value: list[State] | None) -> None:
         """Add a leaf, and merge upwards as far as its neighbours are there."""
         for level, width in enumerate(self._widths):
             if width == 1:
-                self.root = value
+                self.waiting[level, index] = value
                 return
             if index ^ 1 < width:
-                if (level, index ^ 1) not in self._waiting:
-                    self._waiting[level, index] = value
+                if (level, index ^ 1) not in self.waiting:
+                    self.waiting[level, index] = value
                     return
-                other = self._waiting.pop((level, index ^ 1))
+                other = self.waiting.pop((level, index ^ 1))
                 left, right = (other, value) if index % 2 else (value, other)
                 value = right if left is None else left if right is None else self._merge(left, right)
             index //= 2

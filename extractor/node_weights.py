@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,13 +39,13 @@ def load(run: Path, digest: str, shared: bool) -> Checkpoint:
 
     The tensors share one memory map among all workers of the node. Raises CheckpointError where the run has no weights.
     """
-    path = _source(run, digest) if shared else _local_copy(_source(run, digest), digest)
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing; start the extraction again, it puts the weights there.")
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    return Checkpoint(metadata["name"], ModelConfig(**json.loads(metadata["config"])), tensors, digest, None)
+    source = _source(run, digest)
+    if shared:
+        return _mapped(source, digest)
+    folder = cache_folder()
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _mapped(_local_copy(source, folder / f"{digest}.safetensors"), digest)
 
 
 def cache_folder() -> Path:
@@ -57,22 +57,28 @@ def cache_folder() -> Path:
     return folder
 
 
-def _local_copy(source: Path, digest: str) -> Path:
-    """Return this node's copy of a file of weights, made whole or not at all, once."""
-    local = cache_folder() / f"{digest}.safetensors"
-    with open(local.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not local.exists() and source.exists():
-            for old in local.parent.glob("*.safetensors*"):  # maps of it stay valid
-                with suppress(OSError):
-                    old.unlink()
-            temporary = local.with_suffix(".safetensors.part")
-            with open(source, "rb") as read, open(temporary, "wb") as write:
-                shutil.copyfileobj(read, write, 1 << 24)
-                write.flush()
-                os.fsync(write.fileno())
-            os.replace(temporary, local)
+def _local_copy(source: Path, local: Path) -> Path:
+    """Copy a file of weights whole or not at all, unless it is there, in place of those of other models."""
+    if not local.exists() and source.exists():
+        for old in local.parent.glob("*.safetensors*"):
+            old.unlink()  # workers that have mapped it keep their map
+        temporary = local.with_suffix(".safetensors.part")
+        with open(source, "rb") as read, open(temporary, "wb") as write:
+            shutil.copyfileobj(read, write, 1 << 24)
+            write.flush()
+            os.fsync(write.fileno())
+        os.replace(temporary, local)
     return local
+
+
+def _mapped(path: Path, digest: str) -> Checkpoint:
+    """Map a file of weights, which stays mapped when it is deleted."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; start the extraction again, it puts the weights there.")
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return Checkpoint(metadata["name"], ModelConfig(**json.loads(metadata["config"])), tensors, digest, None)
 
 
 def _source(run: Path, digest: str) -> Path:

@@ -102,11 +102,13 @@ def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequence
     selection = select(
         model, shape.seq_len, config.requested, config.layers, config.depths, config.heads, config.positions
     )
-    if config.top_k > model.d_vocab:
+    if {"top_logits", "top_tokens"} & set(selection.sites) and config.top_k > model.d_vocab:
         raise RequestError(f"--top-k is {config.top_k}, but the vocabulary has {model.d_vocab} tokens.")
     arrays = tuple(_spec(site, config, model, selection, shape, n_sequences) for site in selection.sites)
     canonical = config.canonical(selection, shape.seq_len, shape.block)
     host = host_bytes(config, model, selection, shape, arrays)
+    if config.workers and config.ray is None:
+        host = host * config.workers + BASE_BYTES + 4 * sum(prod(s) for s in model.shapes().values())
     return Plan(model, selection, shape, arrays, n_sequences, canonical, host, text_bytes(arrays, shape, n_sequences))
 
 
@@ -136,7 +138,8 @@ def check_resources(plan: Plan, out: Path, done: float = 0.0) -> None:
     if plan.host_bytes > memory:
         raise RequestError(
             f"the run needs {show_bytes(plan.host_bytes)} of memory, but {show_bytes(memory)} are available. Use a "
-            f"smaller --block than {plan.geometry.block}, fewer sites, or a smaller model, or end other programs."
+            f"smaller --block than {plan.geometry.block}, fewer sites or --workers, or a smaller model, or end other "
+            "programs."
         )
 
 

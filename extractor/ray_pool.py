@@ -6,28 +6,41 @@ passes through Ray. Ids are read from the run, weights from a file of each node.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
 import uuid
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from headwater.extractor.config import RunConfig
-from headwater.extractor.node_weights import load_local, publish
+from headwater.extractor.node_weights import load, published
+from headwater.extractor.roster import Roster
 from headwater.extractor.weights import Checkpoint
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.manifest import Manifest
+from headwater.store.writer import INTERNAL
 
 IN_FLIGHT = 2
 MAX_FAILURES = 3
-START_SECONDS = 120
+FAILURES_IN_A_ROW = 30
+START_SECONDS = 300
+TICK_SECONDS = 1.0
+STORE_BYTES = 80 << 20
+OWN_FOLDERS = Path("/tmp")  # not TMPDIR: the names of Ray's sockets must stay short
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Notify = Callable[[str], None]
 
 
 class BlocksFailed(RuntimeError):
@@ -41,7 +54,7 @@ class WorkersLost(RuntimeError):
 class BlockActor:
     """One process with a model and a writer; Ray makes it an actor."""
 
-    def __init__(self, run: str, config: dict[str, Any], digest: str, nonce: str, threads: int) -> None:
+    def __init__(self, run: str, config: dict[str, Any], digest: str, nonce: str, threads: int, shared: bool) -> None:
         import torch
 
         from headwater.extractor.model import Model
@@ -50,7 +63,7 @@ class BlockActor:
         from headwater.store.manifest import read_manifest
 
         path = Path(run)
-        if not (path / "headwater" / "tmp" / nonce).exists():
+        if not (path / INTERNAL / "tmp" / nonce).exists():
             raise RuntimeError(
                 f"node {socket.gethostname()} does not see the run at {run}. Put --out on storage that "
                 "every node mounts at the same path."
@@ -58,7 +71,7 @@ class BlockActor:
         torch.set_num_threads(threads)
         settings = RunConfig(**config)
         manifest = read_manifest(path)
-        checkpoint = load_local(path, digest)
+        checkpoint = load(path, digest, shared)
         plan = plan_of(settings, checkpoint, manifest)
         self.ledger = Ledger(path, manifest.fingerprint)
         model = Model(checkpoint, settings.compute)
@@ -77,68 +90,77 @@ class BlockActor:
 
 @dataclass
 class _Seat:
-    """One actor of the pool and what it has in flight, oldest first."""
+    """One actor of the pool and what it has in flight, oldest first; `since` it starts, or is at the oldest."""
 
     actor: Any
     starting: Any | None
     since: float
+    name: str = ""
     flying: deque[tuple[Any, int]] = field(default_factory=deque)
+
+    def take(self, reference: Any) -> int:
+        """Take a block out of what is in flight."""
+        block = next(b for r, b in self.flying if r == reference)
+        self.flying.remove((reference, block))
+        self.since = time.monotonic()
+        return block
 
 
 class RayPool:
-    """A pool of actors for one run: `with RayPool(...) as pool: for entry in pool.run(blocks): ...`."""
+    """A pool of actors for one run: `with RayPool(...) as pool: for entry in pool.run(blocks): ...`.
 
-    def __init__(self, config: RunConfig, run: Path, manifest: Manifest, checkpoint: Checkpoint) -> None:
-        import ray
+    `notify` is told about once a second what the workers do. Entering starts Ray or joins a cluster; leaving ends
+    what was started and deletes every temporary file, also when entering fails half-way.
+    """
 
-        self._ray = ray
-        self._run, self._manifest, self._config = run, manifest, config
+    def __init__(
+        self, config: RunConfig, run: Path, manifest: Manifest, checkpoint: Checkpoint, notify: Notify | None = None
+    ) -> None:
+        self._run, self._manifest, self._config, self._checkpoint = run.absolute(), manifest, config, checkpoint
+        self._notify, self._told = notify or (lambda text: None), 0.0
         self._n = config.workers or 1
-        self._local = config.ray is None
-        self._threads = config.threads or max((os.cpu_count() or 1) // self._n, 1)
         self._nonce = f"seen-{uuid.uuid4().hex}"
-        self._failures: dict[int, int] = {}
+        self._seats: list[_Seat] = []
+        self._attempts: Counter[int] = Counter()
+        self._failures: Counter[int] = Counter()
+        self._in_a_row = 0
         self._reasons: dict[int, str] = {}
-        self._lost = 0
-        (run / "headwater" / "tmp" / self._nonce).touch()
-        self._weights = publish(run, checkpoint)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if self._local:
-            self._folder = tempfile.mkdtemp(prefix="hw-ray-")
-            ray.init(num_cpus=self._n, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-                     _temp_dir=self._folder, logging_level=logging.ERROR)  # fmt: skip
-        elif not ray.is_initialized():
-            ray.init(address=config.ray, log_to_driver=False, logging_level=logging.ERROR)
-        self._seats = [self._hire() for _ in range(self._n)]
+        self._refusal = ""
+        self.roster = Roster()
 
     def __enter__(self) -> RayPool:
+        seen = self._run / INTERNAL / "tmp" / self._nonce
+        with ExitStack() as stack:
+            stack.callback(seen.unlink, missing_ok=True)
+            seen.touch()
+            stack.enter_context(published(self._run, self._checkpoint))
+            self._ray, self._local = stack.enter_context(_connection(self._config.ray, self._n))
+            stack.callback(self._dismiss_all)
+            self._threads = self._config.threads or self._fair_threads()
+            for _ in range(self._n):
+                self._hire()
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for seat in self._seats:
-            self._dismiss(seat)
-        (self._run / "headwater" / "tmp" / self._nonce).unlink(missing_ok=True)
-        self._weights.unlink(missing_ok=True)
-        if self._local:
-            self._ray.shutdown()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._stack.close()
 
     def run(self, blocks: Sequence[int]) -> Iterator[Entry]:
         """Yield the entry of each block as it is committed, in any order.
 
-        A block that fails three times, or is running three times while its worker dies, is given up; the others go on,
-        and BlocksFailed is raised at the end. Raises WorkersLost when no worker is left to go on.
+        `blocks` have no entry yet. A block that fails three times, or is running three times while its worker dies, is
+        given up; the others go on, and BlocksFailed is raised at the end, or when nothing but failures come. Raises
+        WorkersLost when no worker is left to go on, and OSError when the disk is full.
         """
         waiting = deque(blocks)
-        ledger = Ledger(self._run, self._manifest.fingerprint)
         while waiting or any(seat.flying for seat in self._seats):
             self._seat_newcomers()
-            for seat in self._seats:
-                while waiting and seat.starting is None and len(seat.flying) < IN_FLIGHT:
-                    block = waiting.popleft()
-                    attempt = ledger.next_attempt(block) + self._failures.get(block, 0)
-                    seat.flying.append((seat.actor.extract.remote(block, attempt), block))
-            yield from self._collect(waiting)
+            self._hand_out(waiting)
+            self._tell()
+            for entry in self._collect(waiting):
+                self._in_a_row = 0
+                self.roster.add(entry)
+                yield entry
         if self._reasons:
             listed = "; ".join(f"block {b} ({self._sequences(b)}): {why}" for b, why in sorted(self._reasons.items()))
             raise BlocksFailed(
@@ -146,91 +168,203 @@ class RayPool:
                 f"others are committed. {listed}"
             )
 
+    def _hand_out(self, waiting: deque[int]) -> None:
+        for depth in range(IN_FLIGHT):
+            for seat in self._seats:
+                if waiting and seat.starting is None and len(seat.flying) == depth:
+                    block = waiting.popleft()
+                    self._attempts[block] += 1
+                    if not seat.flying:
+                        seat.since = time.monotonic()
+                    seat.flying.append((seat.actor.extract.remote(block, self._attempts[block]), block))
+
     def _collect(self, waiting: deque[int]) -> Iterator[Entry]:
-        """Wait a moment for results, and put back what was lost."""
+        """Wait a moment for a result, and put back what was lost."""
         references = [reference for seat in self._seats for reference, _ in seat.flying]
         references += [seat.starting for seat in self._seats if seat.starting is not None]
-        if not references:
-            raise WorkersLost("no worker is left and none could be started; run the same command again to go on.")
-        done, _ = self._ray.wait(references, timeout=1.0)
+        done, _ = self._ray.wait(references, timeout=TICK_SECONDS)
         for reference in done:
             seat = next((s for s in self._seats if any(r == reference for r, _ in s.flying)), None)
             if seat is None:
                 continue
-            block = next(b for r, b in seat.flying if r == reference)
             try:
                 entry = Entry(**self._ray.get(reference))
-            except self._ray.exceptions.RayActorError:
-                self._replace(seat, waiting)
-                continue
+            except self._ray.exceptions.RayActorError as error:
+                yield from self._replace(seat, waiting, error)
             except self._ray.exceptions.RayTaskError as error:
-                seat.flying = deque((r, b) for r, b in seat.flying if r != reference)
-                self._note_failure(block, str(error.cause or error).strip().split("\n")[-1], waiting)
-                continue
-            seat.flying = deque((r, b) for r, b in seat.flying if r != reference)
-            yield entry
+                if isinstance(error.cause, OSError) and error.cause.errno in NO_ROOM:
+                    raise error.cause from error
+                self._note_failure(seat.take(reference), _last_line(error.cause or error), waiting)
+                self._check_hope()
+            except self._ray.exceptions.RayError as error:
+                yield from self._settle([seat.take(reference)], waiting, error)
+            else:
+                seat.take(reference)
+                yield entry
 
     def _seat_newcomers(self) -> None:
-        """Let workers that have loaded their model take blocks; report those that cannot start."""
-        for seat in list(self._seats):
-            if seat.starting is None:
+        """Let workers that have loaded their model take blocks; count those that cannot start."""
+        starting = [seat for seat in self._seats if seat.starting is not None]
+        for seat in starting:
+            if not self._ray.wait([seat.starting], timeout=0)[0]:
                 continue
-            ready, _ = self._ray.wait([seat.starting], timeout=0)
             try:
-                if ready:
-                    self._ray.get(seat.starting)
-                    seat.starting = None
-                elif time.monotonic() - seat.since > START_SECONDS and all(s.starting is not None for s in self._seats):
-                    raise WorkersLost(
-                        f"no worker started within {START_SECONDS} s; the cluster has no room for "
-                        f"{self._threads} CPUs a worker. Ask for fewer with --threads or --workers."
-                    )
-            except self._ray.exceptions.RayActorError as error:
+                seat.name, seat.starting, seat.since = self._ray.get(seat.starting), None, time.monotonic()
+            except self._ray.exceptions.RayError as error:
                 self._seats.remove(seat)
-                if not self._seats:
-                    raise WorkersLost(f"no worker could start: {_cause(error)}") from error
+                self._dismiss(seat)
+                self.roster.n_refused += 1
+                self._refusal = _last_line(error)
+        if not self._seats:
+            raise WorkersLost(f"no worker could start: {self._refusal}")
+        if all(s.starting is not None and time.monotonic() - s.since > START_SECONDS for s in self._seats):
+            raise WorkersLost(
+                f"no worker started within {START_SECONDS} s: the cluster has no room for {self._threads} CPUs a "
+                "worker. Ask for fewer with --threads, or run the same command again when there is room."
+            )
 
-    def _replace(self, seat: _Seat, waiting: deque[int]) -> None:
-        """Put back the blocks of a worker that died; the one it was computing counts as failed."""
+    def _replace(self, seat: _Seat, waiting: deque[int], error: Exception) -> Iterator[Entry]:
+        """Hire another worker for one that died, and settle what it had in flight."""
         blocks = [block for _, block in seat.flying]
         self._seats.remove(seat)
         self._dismiss(seat)
-        self._lost += 1
-        committed = Ledger(self._run, self._manifest.fingerprint).committed()
-        open_blocks = [block for block in blocks if block not in committed]
-        for block in reversed(open_blocks[1:]):
-            waiting.appendleft(block)
-        if open_blocks:
-            self._note_failure(open_blocks[0], "its worker died", waiting)
-        self._seats.append(self._hire())
+        self.roster.n_lost += 1
+        yield from self._settle(blocks, waiting, error)
+        self._hire()
+
+    def _settle(self, blocks: Sequence[int], waiting: deque[int], error: Exception) -> Iterator[Entry]:
+        """Yield those of a lost worker's blocks that it committed; its first other one failed, the rest wait again."""
+        ledger = Ledger(self._run, self._manifest.fingerprint)
+        committed = ledger.committed()
+        for block in blocks:
+            if block in committed:
+                yield ledger.read(committed[block], block)
+        lost = [block for block in blocks if block not in committed]
+        waiting.extendleft(reversed(lost[1:]))
+        if lost:
+            self._note_failure(lost[0], f"its worker died ({_last_line(error)})", waiting)
 
     def _note_failure(self, block: int, why: str, waiting: deque[int]) -> None:
-        self._failures[block] = self._failures.get(block, 0) + 1
+        self._failures[block] += 1
         if self._failures[block] < MAX_FAILURES:
+            self.roster.n_retries += 1
             waiting.append(block)
         else:
             self._reasons[block] = why
+        self._last_failure = f"block {block} ({self._sequences(block)}): {why}"
 
-    def _hire(self) -> _Seat:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-        environment = {"env_vars": {name: str(self._threads) for name in names}}
-        cpus = 1 if self._local else self._threads
-        actor_class = self._ray.remote(BlockActor)
-        actor: Any = actor_class.options(num_cpus=cpus, max_restarts=0, runtime_env=environment).remote(
-            str(self._run), asdict(self._config), self._manifest.model["digest"], self._nonce, self._threads
-        )
-        return _Seat(actor, actor.ready.remote(), time.monotonic())
+    def _check_hope(self) -> None:
+        """Stop where the fault is not one of single blocks."""
+        self._in_a_row += 1
+        if self._in_a_row >= FAILURES_IN_A_ROW:
+            raise BlocksFailed(
+                f"{self._in_a_row} attempts in a row failed, so the rest was not tried; what was committed before is "
+                f"kept. The last was {self._last_failure}"
+            )
+
+    def _tell(self) -> None:
+        now = time.monotonic()
+        if now - self._told >= TICK_SECONDS:
+            self._told = now
+            working = [seat for seat in self._seats if seat.starting is None]
+            running = [(seat.name, seat.flying[0][1], now - seat.since) for seat in working if seat.flying]
+            names = [seat.name for seat in working]
+            self._notify(self.roster.text(names, len(self._seats) - len(working), running))
+
+    def _fair_threads(self) -> int:
+        """Share the cores among the workers: those of this machine, or of the cluster, within one node."""
+        if self._local:
+            return max((os.cpu_count() or 1) // self._n, 1)
+        cores = [int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]]
+        return max(min(sum(cores) // self._n, max(cores, default=1)), 1)
+
+    def _hire(self) -> None:
+        threads = str(self._threads)
+        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        options = {"num_cpus": 1 if self._local else self._threads, "max_restarts": 0}
+        actor_class = self._ray.remote(BlockActor).options(**options, runtime_env={"env_vars": variables})
+        config = asdict(self._config)
+        digest = self._manifest.model["digest"]
+        actor: Any = actor_class.remote(str(self._run), config, digest, self._nonce, self._threads, self._local)
+        self._seats.append(_Seat(actor, actor.ready.remote(), time.monotonic()))
 
     def _dismiss(self, seat: _Seat) -> None:
-        try:
+        with suppress(Exception):  # it is dead already, or Ray is
             self._ray.kill(seat.actor)
-        except Exception:  # already dead
-            return
+
+    def _dismiss_all(self) -> None:
+        for seat in self._seats:
+            self._dismiss(seat)
 
     def _sequences(self, block: int) -> str:
         first, last = self._manifest.block_range(block)
         return f"sequences {first} to {last - 1}"
 
 
-def _cause(error: Exception) -> str:
-    return str(error).strip().split("\n")[-1]
+@contextmanager
+def _connection(address: str | None, n_workers: int) -> Iterator[tuple[Any, bool]]:
+    """Start a Ray of our own, join the one at an address, or use the one that this process is connected to already.
+
+    Yield the module ray, and whether its only node is this machine. What was begun is ended afterwards.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    with ExitStack() as stack:
+        with _kept_handlers():
+            import ray
+
+            joined = ray.is_initialized()
+            if not joined:
+                _start(ray, address, n_workers, stack)
+        yield ray, address is None and not joined
+
+
+def _start(ray: Any, address: str | None, n_workers: int, stack: ExitStack) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        folder = stack.enter_context(_own_folder())
+        stack.callback(ray.shutdown)  # before the folder goes
+        ray.init(num_cpus=n_workers, num_gpus=0, include_dashboard=False, object_store_memory=STORE_BYTES,
+                 _node_ip_address="127.0.0.1", _temp_dir=str(folder), **quiet)  # fmt: skip
+        return
+    stack.callback(ray.shutdown)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise WorkersLost(
+            f"--ray {address}: no Ray cluster can be joined there ({_last_line(error)}). Start one with `ray start "
+            "--head`, or use --workers alone."
+        ) from error
+
+
+@contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Put back the handler of SIGTERM, which `ray.init` replaces by one that exits with another code."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _own_folder() -> Iterator[Path]:
+    """Make a folder for a Ray of our own, under a lock that dies with us; delete it, and those of dead processes."""
+    for lock in OWN_FOLDERS.glob("hw-ray-*/lock"):
+        with suppress(OSError), open(lock) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="hw-ray-", dir=OWN_FOLDERS))
+    try:
+        with open(folder / "new", "w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            os.replace(folder / "new", folder / "lock")
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_line(error: object) -> str:
+    return str(error).strip().rsplit("\n", 1)[-1].strip()

@@ -16,10 +16,11 @@ import torch
 from headwater.extractor import hub
 from headwater.extractor.config import RunConfig
 from headwater.extractor.model import Model
-from headwater.extractor.plan import Geometry, Plan, check_resources, geometry, make_plan
+from headwater.extractor.plan import Geometry, Plan, available_memory, check_resources, geometry, make_plan
 from headwater.extractor.sites import RequestError
 from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, outside, text_request
 from headwater.extractor.texts import STDIN, describe_sources, expand_paths
+from headwater.extractor.units import show_bytes
 from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
 from headwater.extractor.worker import Worker
 from headwater.store.files import make_directories, sync_directory
@@ -31,7 +32,7 @@ from headwater.store.reader import Run, open_run
 
 @dataclass
 class Progress:
-    """What an observer is told: the phase, blocks and tokens done, bytes written, and the newest entry."""
+    """What an observer is told: the phase, blocks and tokens done, bytes written, the newest entry, the workers."""
 
     phase: str
     n_blocks: int = 0
@@ -41,9 +42,11 @@ class Progress:
     rows: int = 0
     started: float = field(default_factory=time.perf_counter)
     entry: Entry | None = None
+    workers: str = ""
 
 
 Observer = Callable[[Progress], None]
+Notify = Callable[[str], None]
 
 
 def plan_run(config: RunConfig) -> Plan:
@@ -164,8 +167,18 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
         return
     check_resources(plan, run, done=len(committed) / plan.n_blocks)
     _clear_temporary(run)
+    if config.ray is None and config.workers * plan.host_bytes > (memory := available_memory()):
+        raise RequestError(
+            f"{config.workers} workers need {show_bytes(plan.host_bytes)} of memory each, but {show_bytes(memory)} are "
+            "available. Use fewer --workers, or end other programs."
+        )
+
+    def notify(text: str) -> None:
+        progress.workers = text
+        observe(progress)
+
     compute = _in_process if config.workers == 0 and config.ray is None else _on_ray
-    for entry in compute(config, checkpoint, run, manifest, missing):
+    for entry in compute(config, checkpoint, run, manifest, missing, notify):
         progress.done += 1
         progress.n_tokens += entry.n_tokens
         progress.n_bytes += sum(size for size, _ in entry.files.values())
@@ -174,7 +187,7 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
 
 
 def _in_process(
-    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int]
+    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int], _: Notify
 ) -> Iterator[Entry]:
     """Compute and commit blocks one after another in this process."""
     plan, ledger = plan_of(config, checkpoint, manifest), Ledger(run, manifest.fingerprint)
@@ -189,12 +202,12 @@ def _in_process(
 
 
 def _on_ray(
-    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int]
+    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int], notify: Notify
 ) -> Iterator[Entry]:
     """Compute blocks on Ray actors, which commit them themselves."""
     from headwater.extractor.ray_pool import RayPool
 
-    with RayPool(config, run, manifest, checkpoint) as pool:
+    with RayPool(config, run, manifest, checkpoint, notify) as pool:
         yield from pool.run(blocks)
 
 

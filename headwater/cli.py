@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _flush()
             return code
     except KeyboardInterrupt as stop:
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # zarr's, cut short
         return _say(f"interrupted. {stop}", INTERRUPTED)
     except ValueError as error:
         return _say(f"error: {error}", REFUSED)

@@ -74,7 +74,7 @@ class Reporter:
             self._line.show(f"reading text: {count(progress.rows, 'sequence')}", first)
         elif progress.entry is None:
             self._begun = progress.done
-            self._line.show(_beginning(progress), True)
+            self._line.show(_beginning(progress) + _also(progress), not progress.workers)
         else:
             self._line.show(self._rates(progress), progress.done == progress.n_blocks)
 
@@ -88,7 +88,7 @@ class Reporter:
         return (
             f"{_bar(progress.done / progress.n_blocks)} {progress.done:,}/{count(progress.n_blocks, 'block')}  "
             f"{progress.n_tokens / seconds:,.0f} tokens/s  {show_bytes(progress.n_bytes / seconds)}/s  "
-            f"{_clock(seconds)} gone, {_clock(left)} left"
+            f"{_clock(seconds)} gone, {_clock(left)} left{_also(progress)}"
         )
 
 
@@ -116,6 +116,10 @@ def _beginning(progress: Progress) -> str:
         return f"nothing to do: {count(progress.n_blocks, 'block')} done already"
     already = f", {progress.done:,} done already" if progress.done else ""
     return f"{count(progress.n_blocks, 'block')}{already}"
+
+
+def _also(progress: Progress) -> str:
+    return f"  {progress.workers}" if progress.workers else ""
 
 
 def _bar(share: float, width: int = 20) -> str:

@@ -9,6 +9,8 @@ key) are exp(q · k − lse) at the end. Only the entropy lse − Σ p s and the
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -143,16 +145,28 @@ def statistics_kernel(q, k, v, key_rows, table, z, lse, row, argmax, features, r
                  mask=inside[:, None] & ((f >= 0) & (f < n_features))[None, :])
 
 
+@lru_cache(maxsize=16)
+def position_table(n_positions: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return key features [1, T, 16]: one, three digits of the position, and room for the caller's columns.
+
+    Kept, since every layer needs the same; so launch once before a CUDA graph is captured.
+    """
+    key = torch.arange(n_positions, device=device)
+    digits = [torch.ones_like(key), key % 256, key // 256 % 256, key // 65536]
+    table = torch.zeros(1, n_positions, 16, dtype=dtype, device=device)
+    table[:, :, :4] = torch.stack(digits, -1).to(dtype)
+    return table
+
+
 def key_table(
     n_positions: int, features: torch.Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return the key features [B or 1, T, 16]: one, three digits of the position, then the caller's columns."""
-    key = torch.arange(n_positions, device=device)
-    digits = [torch.ones_like(key), key % 256, key // 256 % 256, key // 65536]
-    table = torch.zeros(1 if features is None else features.shape[0], n_positions, 16, dtype=dtype, device=device)
-    table[:, :, :4] = torch.stack(digits, -1).to(dtype)
-    if features is not None:
-        table[:, :, 4 : 4 + features.shape[-1]] = features.to(dtype)
+    """Return the key features [B or 1, T, 16] with the caller's [B or 1, T, F] in the last columns."""
+    table = position_table(n_positions, dtype, device)
+    if features is None:
+        return table
+    table = table.repeat(features.shape[0], 1, 1)
+    table[:, :, 4 : 4 + features.shape[-1]] = features.to(dtype)
     return table
 
 

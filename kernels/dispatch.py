@@ -124,6 +124,12 @@ def attention_on_cpu(
     return pack(out, q)
 
 
+def _serves(x: torch.Tensor) -> bool:
+    """Say whether the Triton kernels take a tensor's type and device: sm_80 or later, or AMD."""
+    recent = torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.dtype in TRITON_TYPES and has_triton() and recent
+
+
 def _attention_cuda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -135,7 +141,7 @@ def _attention_cuda(
     statistics: bool,
     pattern_dtype: torch.dtype,
 ) -> Packed:
-    able = q.dtype in TRITON_TYPES and q.shape[-1] <= MAX_HEAD and has_triton()
+    able = q.shape[-1] <= MAX_HEAD and _serves(q)
     return (attention_triton if able else attention_torch)(
         q, k, v, scale, row_start, features, edge, statistics, pattern_dtype)
 
@@ -197,7 +203,7 @@ def _residual_cuda(
     out: torch.Tensor,
     slot: torch.Tensor | None,
 ) -> PackedTap:
-    if x.dtype not in TRITON_TYPES or not has_triton():
+    if not _serves(x):
         return residual_torch(x, delta, weight, bias, epsilon, previous, out, slot)
     return residual_triton(x, delta, weight, bias, epsilon, previous, out, slot)
 
@@ -254,5 +260,5 @@ def _register(schema: str, fake: Callable[..., object], **backends: Callable[...
     torch.library.register_fake(name)(fake)
 
 
-_register(ATTENTION, _attention_fake, cpu=attention_on_cpu, cuda=_attention_cuda)
-_register(RESIDUAL, _residual_fake, cpu=residual_torch, cuda=_residual_cuda)
+_register(ATTENTION, _attention_fake, cpu=attention_on_cpu, cuda=_attention_cuda, mps=attention_torch)
+_register(RESIDUAL, _residual_fake, cpu=residual_torch, cuda=_residual_cuda, mps=residual_torch)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,9 @@ class Launch:
     def run(self) -> tuple[torch.Tensor, ...]:
         """Launch the kernel on the current stream and return its outputs."""
         if self.grid:
-            self.kernel[(self.grid,)](**self.arguments, **self.options)
+            on = self.outputs[0].device
+            with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
+                self.kernel[(self.grid,)](**self.arguments, **self.options)
         return self.outputs
 
 
@@ -58,9 +61,11 @@ def fits(block: int, edge: int) -> int:
 
 
 def can_describe(x: torch.Tensor) -> bool:
-    """Say whether a tensor descriptor can address `x`: last stride 1, all others and the base multiples of 16 bytes."""
+    """Say whether a descriptor can address `x`: last stride 1, all others positive and they and the base aligned to 16
+    bytes.
+    """
     size = x.element_size()
-    aligned = all(stride * size % 16 == 0 for stride, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
     return x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 
@@ -72,7 +77,7 @@ def describe_heads(x_BTNH: torch.Tensor, block_t: int, block_d: int, tma: bool) 
     if not tma:
         return x_BTNH
     unit = 16 // x_BTNH.element_size()
-    strides = [stride if n > 1 else -(-stride // unit) * unit
+    strides = [stride if n > 1 else max(-(-stride // unit), 1) * unit
                for stride, n in zip(x_BTNH.stride()[:-1], x_BTNH.shape, strict=False)]
     return TensorDescriptor(x_BTNH, list(x_BTNH.shape), [*strides, 1], [1, block_t, 1, block_d])
 

@@ -145,6 +145,7 @@ def test_refusals_give_both_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "available_memory", lambda: 10**8)
     with pytest.raises(RequestError, match=rf"needs {show_bytes(plan.host_bytes)} of memory, but 100 MB are available"):
         check_resources(plan, tmp_path, done=0.6)
+    make_plan(RunConfig("run", top_k=60000), SMALL, Geometry(8, 1, 1), 1)
     with pytest.raises(RequestError, match="--top-k is 60000, but the vocabulary has 50257 tokens"):
         make_plan(RunConfig("run", sites=["top_logits"], top_k=60000), SMALL, Geometry(8, 1, 1), 1)
 
@@ -155,6 +156,7 @@ def test_projected_memory_grows_with_what_is_asked():
 
     assert host() < host(preset="patterns") < host(preset="all") < host(XL, preset="all") < 32 << 30
     assert host(block=8) < host(block=32) and host(compute="bf16") > host()
+    assert host(workers=2) > 2 * host() > host(workers=1) > host() == host(workers=2, ray="auto")
 
 
 def test_free_disk_and_memory_are_those_of_this_machine(tmp_path):
