@@ -6,11 +6,13 @@ whole; it is derived data, so nothing is fsynced.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ class Checkpoint:
                         states.extend({} for _ in range(reducer + 1 - len(states)))
                         if array:
                             states[reducer][array] = data[name]
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return {}
         return nodes
 
@@ -69,6 +71,8 @@ class Checkpoint:
     def clear(self) -> None:
         """Delete what is kept: the request is answered."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()
 
     def _path(self, at: int) -> Path:
         return self.folder / f"pass{at}.npz"

@@ -31,7 +31,7 @@ class Centres(Reducer):
     def __init__(self, run: Run, site: str, leads: Sequence[int], outliers: bool) -> None:
         self.sites, self.leads, self.outliers = (site,), tuple(leads), outliers
         self.width = run[site].shape[-1]
-        self._row = max(self.tokens, run.manifest.n_positions) * self.width * 8
+        self._rows = run.manifest.n_positions * self.width * 8
 
     def zero(self) -> State:
         """Make an empty state."""
@@ -42,23 +42,23 @@ class Centres(Reducer):
 
     @property
     def working_bytes(self) -> int:
-        """Bytes of the rows in float64, and of their absolute values twice."""
-        return 3 * self._row
+        """Bytes of one sequence in the stored type and in float64, and of comparisons."""
+        return 3 * self._rows + (1 << 20)
 
     def update(self, state: State, chunk: Chunk) -> None:
-        """Add one depth."""
+        """Add one depth, sequence by sequence."""
         assert self.leads is not None
-        at, site = self.leads.index(chunk.lead), self.sites[0]
-        text = chunk.text(site)
-        for part, keep in enumerate((text.first, text.real & ~text.first)):
-            if keep.any():
-                n, mean = np.array(float(keep.sum())), chunk.rows(site, chunk.lead, keep).mean(0, dtype=np.float64)
-                merge_mean(state["n"][part, at, ...], state["mean"][part, at], n, mean)
-        if self.outliers:
-            for values, real in zip(chunk[site], text.real, strict=True):
-                if real.any():
-                    size = np.abs(values[real], dtype=np.float32)
-                    state["large"][at] += size.max(0) >= LARGE * median(size)
+        at, text = self.leads.index(chunk.lead), chunk.text(self.sites[0])
+        for values, real, first in zip(chunk[self.sites[0]], text.real, text.first, strict=True):
+            if not real.any():
+                continue
+            x_TD = (values if real.all() else values[real]).astype(np.float64)
+            members = np.stack([first[real], ~first[real]]).astype(np.float64)
+            n = members.sum(1)
+            merge_mean(state["n"][:, at], state["mean"][:, at], n, (members @ x_TD) / np.maximum(n, 1)[:, None])
+            if self.outliers:
+                np.abs(x_TD, out=x_TD)
+                state["large"][at, large_dimensions(x_TD)] += 1
 
     def merge(self, a: State, b: State) -> State:
         """Join two states."""
@@ -72,6 +72,20 @@ class Centres(Reducer):
         merge_mean(n, mean, state["n"][0], state["mean"][0])
         return {"centre": np.stack([mean, state["mean"][1]]), "n": np.stack([n, state["n"][1]]),
                 "large": state["large"]}  # fmt: skip
+
+
+def large_dimensions(size_TD: np.ndarray, factor: float = LARGE) -> list[int]:
+    """List the dimensions whose largest |x| is at least `factor` × the median of all |x| given."""
+    largest, n, found = size_TD.max(0), size_TD.size, []
+    for dimension in np.argsort(-largest, kind="stable"):
+        limit = largest[dimension] / factor
+        below = int(np.count_nonzero(size_TD <= limit))
+        if 2 * below < n or (2 * below == n and median(size_TD) > limit):
+            break
+        found.append(int(dimension))
+        if limit == 0:
+            return []
+    return found
 
 
 def median(values: np.ndarray) -> float:
@@ -174,11 +188,11 @@ class Pairs(Reducer):
     def _units(self, state: State, x_LnD: np.ndarray, weights_Lvn: np.ndarray) -> None:
         """Add the sums of unit vectors and of their squares, (x − centre) / ‖x − centre‖, for all variants."""
         shape = (self.n_lead, 2, 2, 2)
-        squared = weights_Lvn**2
-        total, total_square = (w.sum(-1).reshape(shape) for w in (weights_Lvn, squared))
-        sums = [(w @ x).reshape(*shape, -1) for w, x in ((weights_Lvn, x_LnD), (squared, x_LnD))]
+        both = np.concatenate([weights_Lvn, weights_Lvn**2], 1)
+        total, total_square = (w.reshape(shape) for w in np.split(both.sum(-1), 2, 1))
+        sums = [w.reshape(*shape, -1) for w in np.split(both @ x_LnD, 2, 1)]
         np.square(x_LnD, out=x_LnD)
-        squares = (squared @ x_LnD).reshape(*shape, -1)
+        squares = (both[:, 8:] @ x_LnD).reshape(*shape, -1)
         for c, p, o in np.ndindex(2, 2, 2):
             centre = self.centre[p] * c
             unit = sums[0][:, c, p, o] - centre * total[:, c, p, o, None]

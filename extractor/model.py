@@ -8,6 +8,7 @@ weights run in `compute`. Weights are used raw: nothing is folded or centred.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -20,8 +21,12 @@ from headwater.kernels.cpu import STATISTICS, attend
 from headwater.kernels.mask import RowBlock
 from headwater.kernels.workspace import Workspace
 
+# Read by MKL at its first product: the bits of a float32 product then depend on neither threads nor the other rows.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LOGIT_ROWS = 512
+SHARE, GRAIN = 64, 1 << 15
 
 
 def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -157,9 +162,10 @@ class Model:
         return normed.to(self.compute)
 
     def _linear(self, name: str, x: torch.Tensor, buffer: str) -> torch.Tensor:
-        """Return x W + b in `compute`, in scratch memory."""
+        """Return x W + b in `compute`, in scratch memory with room up to a multiple of SHARE elements behind it."""
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        out = self.workspace.get(buffer, (*x.shape[:-1], weight.shape[1]), self.compute)
+        shape = (*x.shape[:-1], weight.shape[1])
+        out = self.workspace.get(buffer, (_round_up(math.prod(shape)),), self.compute)[: math.prod(shape)].view(shape)
         torch.addmm(bias.to(self.compute), x.view(-1, x.shape[-1]), weight, out=out.view(-1, weight.shape[1]))
         return out
 
@@ -220,10 +226,26 @@ class Model:
         neurons = self._linear(f"h.{layer}.mlp.c_fc", normed, "neurons")
         if tap.wants("mlp_pre", layer):
             tap.take("mlp_pre", layer, neurons)
-        neurons = self._activation(neurons)
+        _activate(self._activation, neurons)
         if tap.wants("mlp_post", layer):
             tap.take("mlp_post", layer, neurons)
         return neurons
+
+
+def _round_up(n: int) -> int:
+    return -(-n // SHARE) * SHARE
+
+
+def _activate(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+    """Apply a function in place to `x`, a result of `Model._linear`, so that no bit depends on threads or batch.
+
+    torch deals elements out to threads in equal shares of at least GRAIN and takes what is left at the end of a share
+    through other code than the rest; here every share is a multiple of SHARE, more than any vector holds.
+    """
+    flat, threads = x.as_strided((_round_up(x.numel()),), (1,)), torch.get_num_threads()
+    whole = len(flat) - len(flat) % (SHARE * threads) if len(flat) >= GRAIN * threads else 0
+    for part in (flat[:whole], *flat[whole:].split(GRAIN // 2)):
+        function(part)
 
 
 def _next_token_loss(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:

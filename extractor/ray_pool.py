@@ -39,6 +39,7 @@ START_SECONDS = 300
 TICK_SECONDS = 1.0
 STORE_BYTES = 80 << 20
 OWN_FOLDERS = Path("/tmp")  # not TMPDIR: the names of Ray's sockets must stay short
+OWN_SETTINGS = {"worker_niceness": 0}  # Ray's default starves its workers on a busy machine
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Notify = Callable[[str], None]
 
@@ -324,7 +325,7 @@ def _start(ray: Any, address: str | None, n_workers: int, stack: ExitStack) -> N
         folder = stack.enter_context(_own_folder())
         stack.callback(ray.shutdown)  # before the folder goes
         ray.init(num_cpus=n_workers, num_gpus=0, include_dashboard=False, object_store_memory=STORE_BYTES,
-                 _node_ip_address="127.0.0.1", _temp_dir=str(folder), **quiet)  # fmt: skip
+                 _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS, **quiet)  # fmt: skip
         return
     stack.callback(ray.shutdown)
     try:

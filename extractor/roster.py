@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
 from headwater.extractor.units import count
@@ -77,7 +76,7 @@ def by_worker(entries: Sequence[Entry]) -> dict[str, dict[str, int | float | str
     for worker, group in sorted(groups.items()):
         tokens, seconds = sum(e.n_tokens for e in group), sum(map(busy_seconds, group))
         phases = {phase for e in group for phase in e.seconds}
-        totals = {phase: statistics.fsum(e.seconds.get(phase, 0.0) for e in group) for phase in sorted(phases)}
+        totals = {phase: sum(e.seconds.get(phase, 0.0) for e in group) for phase in sorted(phases)}
         table[worker] = {
             "blocks": len(group), "tokens": tokens, "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -178,23 +178,24 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
         observe(progress)
 
     compute = _in_process if config.workers == 0 and config.ray is None else _on_ray
-    for entry in compute(config, checkpoint, run, manifest, missing, notify):
-        progress.done += 1
-        progress.n_tokens += entry.n_tokens
-        progress.n_bytes += sum(size for size, _ in entry.files.values())
-        progress.entry = entry
-        observe(progress)
+    with closing(compute(config, checkpoint, run, manifest, missing, notify)) as entries:
+        for entry in entries:
+            progress.done += 1
+            progress.n_tokens += entry.n_tokens
+            progress.n_bytes += sum(size for size, _ in entry.files.values())
+            progress.entry = entry
+            observe(progress)
 
 
 def _in_process(
     config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int], _: Notify
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     """Compute and commit blocks one after another in this process."""
     plan, ledger = plan_of(config, checkpoint, manifest), Ledger(run, manifest.fingerprint)
     worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
     try:
         for block in blocks:
-            entry = worker.extract_block(block, ledger.next_attempt(block))
+            entry = worker.extract_block(block, 1)  # a block without an entry
             ledger.commit(entry)
             yield entry
     finally:
@@ -203,7 +204,7 @@ def _in_process(
 
 def _on_ray(
     config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int], notify: Notify
-) -> Iterator[Entry]:
+) -> Generator[Entry, None, None]:
     """Compute blocks on Ray actors, which commit them themselves."""
     from headwater.extractor.ray_pool import RayPool
 

@@ -37,7 +37,7 @@ def attention(
     i (i + 1) / 2 + j. `features` [T, F] or [B, T, F], at most 12 columns, are summed by each row's probabilities; the
     kernels hold them in the type of v. `pattern_dtype` is float32 for float32 inputs and float16 for 16-bit inputs
     unless it is given. `impl="auto"` takes Triton on CUDA, row blocks on the CPU, and the reference for float64 and
-    for heads wider than 256. Raises ValueError where shapes or types don't fit together.
+    for heads wider than 256. Raises ValueError where shapes or types don't fit together, or a gradient is due.
     """
     _check(q, k, v, scale)
     n, n_positions = q.shape[:2]
@@ -75,6 +75,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> N
         raise ValueError(f"q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one and the same floating type")
     if not q.device == k.device == v.device:
         raise ValueError(f"q is on {q.device}, k on {k.device}, v on {v.device}; expected one device")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("q, k or v requires a gradient, and attention is forward only; call it under torch.no_grad()")
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale is {scale}, expected a positive number such as 1 / sqrt(d_head)")
 

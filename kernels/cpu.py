@@ -120,8 +120,9 @@ def _fill_statistics(
             mean_score = mean_key_NQH.mul_(q_NQH).sum(-1) * scale
             wanted["attn_entropy"][b, :, rows] = (score - largest.log() - mean_score).clamp_(min=0)
     if "attn_distance" in wanted:
-        back = torch.arange(n_keys, 0, -1, dtype=pattern_NQK.dtype)
-        wanted["attn_distance"][b, :, rows] = (torch.matmul(pattern_NQK, back) + (query - block.last)).clamp_(min=0)
+        back = torch.arange(n_keys, 0, -1, dtype=pattern_NQK.dtype)[:, None]
+        mean_back = torch.mm(pattern_NQK.view(-1, n_keys), back).view(pattern_NQK.shape[:2])
+        wanted["attn_distance"][b, :, rows] = (mean_back + (query - block.last)).clamp_(min=0)
     _fill_points(b, block, pattern_NQK, row_start_T, wanted)
     if block.empty is not None:
         for name in wanted.keys() & set(ROW_STATISTICS):

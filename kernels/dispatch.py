@@ -44,7 +44,7 @@ def attention_triton(
     statistics: bool,
     pattern_dtype: torch.dtype,
 ) -> Packed:
-    """Launch the kernels that give what was asked for."""
+    """Launch the kernels that give what was asked for; a pattern together with statistics takes a launch each."""
     from headwater.kernels.attention_pattern import plan_pattern
     from headwater.kernels.attention_statistics import plan_statistics
     from headwater.kernels.column_mass import plan_column_mass
@@ -61,6 +61,10 @@ def attention_triton(
         z, lse, row, argmax, sums = plan_statistics(
             q, k, v, scale=scale, row_start=row_start, statistics=statistics, features=features,
             config=config("statistics" if wanted else "flash")).run()
+        if not statistics:
+            row, argmax = q.new_empty(0), q.new_empty(0, dtype=torch.int32)
+        if features is None:
+            sums = q.new_empty(0)
     if edge:
         z, lse, pattern = plan_pattern(q, k, v, scale=scale, row_start=row_start, edge=edge,
                                        pattern_dtype=pattern_dtype, config=config("pattern")).run()

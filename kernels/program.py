@@ -65,7 +65,8 @@ def can_describe(x: torch.Tensor) -> bool:
     bytes.
     """
     size = x.element_size()
-    aligned = all(stride > 0 and stride * size % 16 == 0 for stride, n in zip(x.stride()[:-1], x.shape, strict=False) if n > 1)
+    outer = zip(x.stride()[:-1], x.shape, strict=False)
+    aligned = all(stride > 0 and stride * size % 16 == 0 for stride, n in outer if n > 1)
     return x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0 and x.numel() > 0
 
 

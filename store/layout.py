@@ -189,13 +189,14 @@ def make_spec(
 ) -> ArraySpec:
     """Choose shard and chunk shapes of an array; `sizes` gives the length of every dimension, `block` of a block.
 
-    A shard holds all layers where one layer's part of a block is under 8 MiB, else one layer; and the largest share of
-    a block (halved from the whole) that stays within 128 MiB.
+    A shard holds all layers where one layer's part of a block is under 8 MiB and all layers of a sequence are within
+    128 MiB, else one layer; and the largest share of a block (halved from the whole) that stays within 128 MiB.
     """
     shape = tuple(sizes[d] for d in dims)
     lead = 1 if dims[0] in LEADING else 0
     chunk_rest, shard_rest, per_sequence = _rest(dims[lead + 1 :], shape[lead + 1 :], np.dtype(dtype).itemsize)
-    n_lead = shape[0] if lead and per_sequence * block < LAYER_BYTES else 1
+    together = lead and per_sequence * block < LAYER_BYTES and per_sequence * shape[0] <= SHARD_BYTES
+    n_lead = shape[0] if together else 1
     per_shard = _halve(block, SHARD_BYTES // max(per_sequence * n_lead, 1))
     tiled = dims[-2:] == ("query", "key")
     per_chunk = 1 if tiled else _halve(per_shard, CHUNK_BYTES // max(per_sequence, 1))

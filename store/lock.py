@@ -46,7 +46,7 @@ def _holder(path: Path) -> str:
     try:
         raw = json.loads(path.read_bytes())
         return f"process {raw['pid']} on {raw['host']} since {raw['since']}"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 
 

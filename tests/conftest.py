@@ -241,6 +241,19 @@ def cli(capsys):
 
 
 @pytest.fixture(scope="session")
+def many_blocks(tmp_path_factory, tiny_gpt2):
+    """The request of a run of 16 blocks, and the bytes of that run as one process makes them."""
+    import headwater
+    from headwater.benchmarks.faults import contents
+
+    home = tmp_path_factory.mktemp("blocks")
+    np.save(home / "ids.npy", np.random.default_rng(5).integers(0, 200, (32, 32)).astype(np.int32))
+    config = RunConfig(out=str(home / "whole"), model=str(tiny_gpt2), tokens=str(home / "ids.npy"), preset="all",
+                       block=2, threads=1)
+    return config, contents(headwater.extract(config).path)
+
+
+@pytest.fixture(scope="session")
 def analysis_run(tmp_path_factory, tiny_gpt2):
     """Make float32 runs of every site, each once: "plain" (10 rows of 40 ids), "packed" documents, "padded" ones, and
     "last" and "0:5", padded ones with these positions of the vector sites."""

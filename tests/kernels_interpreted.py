@@ -16,6 +16,7 @@ from headwater.kernels.attention import attention
 from headwater.kernels.attention_pattern import plan_pattern
 from headwater.kernels.attention_statistics import plan_statistics
 from headwater.kernels.column_mass import plan_column_mass
+from headwater.kernels.dispatch import attention_triton
 from headwater.kernels.launch import Config
 from headwater.kernels.output import FLOAT_ROWS, n_causal_tiles, tiles_to_square
 from headwater.kernels.reference import attention_reference, residual_reference
@@ -203,6 +204,19 @@ def test_public_function_with_the_pinned_table(dtype, layout):
     assert got.pattern.shape[2] == n_causal_tiles(70, 32) and tiles_to_square(got.pattern, 70).shape[-1] == 70
     for name in FLOAT_ROWS:
         close(got.row[name], want.row[name], 1e-3 if name == "attn_distance" else 1e-5)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"statistics": True}, {"features": True}, {"pattern": "square"},
+                                    {"pattern": "tiles", "edge": 16, "statistics": True, "features": True}])
+def test_triton_allocates_what_the_fake_says(wanted):
+    q, k, v, start = inputs(20, (2, 1), 16, HALF, "packed", 1, n=1)
+    table = torch.ones(1, 20, 3) if wanted.get("features") else None
+    edge = {None: 0, "square": -1, "tiles": 16}[wanted.get("pattern")]
+    arguments = (q, k, v, 0.5, start, table, edge, wanted.get("statistics", False), HALF)
+    real = attention_triton(*arguments)
+    fake = torch.ops.headwater.attention(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments))
+    for got, want in zip(real, fake, strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype and got.stride() == want.stride()
 
 
 def test_distance_stays_exact_far_from_the_start():

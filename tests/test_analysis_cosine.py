@@ -5,7 +5,7 @@ import pytest
 
 from headwater.analysis.cka import CrossScatter, cka_analysis
 from headwater.analysis.cosine import cosine
-from headwater.analysis.cosine_passes import Centres, Pairs, median
+from headwater.analysis.cosine_passes import Centres, Pairs, large_dimensions, median
 from headwater.analysis.engine import Scan, analyse
 from headwater.analysis.moments import add_rows, merge_mean, merge_scatter, with_room
 from headwater.store.manifest import RunError
@@ -147,9 +147,17 @@ def test_dimensions_that_are_large_are_found_by_sequence_and_depth():
         chunk.lead = lead
         reducer.update(state, chunk)
     assert np.argwhere(state["large"]).tolist() == [[1, 5]]
-    for n in (1, 2, 9, 10):
-        values = rng.normal(size=n)
-        assert median(values) == np.median(values)
+    assert large_dimensions(np.zeros((3, 2))) == []
+
+
+def test_large_is_against_the_median_of_all_values():
+    rng = np.random.default_rng(4)
+    for n in (1, 2, 5, 6):
+        for scale in (1, 3, 30, 300):
+            size = np.abs(rng.normal(size=(n, 3)) * [1, 1, scale]).round(1)
+            assert median(size) == np.median(size)
+            want = np.flatnonzero((size.max(0) >= 10 * np.median(size)) & (np.median(size) > 0))
+            assert np.median(size) == 0 or sorted(large_dimensions(size, 10)) == want.tolist()
 
 
 def test_equal_vectors_have_cosine_one_and_no_centred_cosine():

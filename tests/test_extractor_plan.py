@@ -126,7 +126,7 @@ def test_layouts_keep_the_rules(c):
     if spec.sequences_per_shard < c.block:
         assert 2 * part > SHARD_BYTES
     if spec.axis is not None:
-        whole = per_sequence * c.block < LAYER_BYTES
+        whole = per_sequence * c.block < LAYER_BYTES and per_sequence * spec.shape[0] <= SHARD_BYTES
         assert spec.layers_per_shard == (spec.shape[0] if whole else 1)
     if spec.tiled:
         edge = tile_edge(c.length)

@@ -65,7 +65,7 @@ def test_row_start_of_one_sequence_serves_all():
     ({"pattern": "half"}, "pattern is 'half'"),
     ({"pattern": "tiles", "edge": 20}, "edge is 20"),
     ({"impl": "fast"}, "impl is 'fast'"),
-    ({"impl": "triton"}, "TRITON_INTERPRET=1"),
+    ({"impl": "triton"}, 'impl="triton"'),
     ({"row_start": torch.zeros(40, dtype=torch.int64)}, "row_start is torch.int64"),
     ({"row_start": torch.zeros(41, dtype=torch.int32)}, r"row_start is torch.int32 \[41\]"),
     ({"features": torch.zeros(40, 13)}, r"features is \[40, 13\]"),
@@ -74,6 +74,7 @@ def test_row_start_of_one_sequence_serves_all():
     ({"k": torch.zeros(2, 40, 3, 24), "v": torch.zeros(2, 40, 3, 24)}, "4 query heads over 3"),
     ({"v": torch.zeros(2, 40, 1, 24)}, r"expected \[B, T, N, H\]"),
     ({"q": torch.zeros(2, 40, 4, 24).half()}, "one and the same floating type"),
+    ({"q": torch.zeros(2, 40, 4, 24, requires_grad=True)}, "forward only"),
     ({"q": torch.zeros(2, 0, 4, 24), "k": torch.zeros(2, 0, 2, 24), "v": torch.zeros(2, 0, 2, 24)}, "0 positions"),
 ])
 def test_wrong_requests_are_refused_by_name(change, message):

@@ -48,7 +48,7 @@ def make_qkv(n: int, n_positions: int, n_head: int, d_head: int, seed: int) -> l
     return [part.unflatten(-1, (n_head, d_head)) for part in fused.chunk(3, -1)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(n_positions=st.integers(1, 300), n_head=st.integers(1, 3), d_head=st.sampled_from([1, 7, 16, 33, 64, 80]),
        kind=st.sampled_from(MASKS), n_rows=st.sampled_from([16, 64, 100, 128]), seed=st.integers(0, 99))
 def test_attend_agrees_with_the_definition(n_positions, n_head, d_head, kind, n_rows, seed):
@@ -86,7 +86,7 @@ def assert_rows_agree(got, want, atol, ties=1e-5):
         torch.testing.assert_close(picked, want.row["attn_max"], atol=ties, rtol=1e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(n_positions=st.integers(1, 200), group=st.sampled_from([1, 2, 3]), kind=st.sampled_from(MASKS),
        pattern=st.sampled_from(["square", "tiles"]), edge=st.sampled_from([16, 64, 96, 256]), seed=st.integers(0, 99))
 def test_fused_path_agrees_with_the_definition(n_positions, group, kind, pattern, edge, seed):
@@ -129,7 +129,7 @@ def test_tiles_are_the_lower_triangle(n_positions, edge):
     assert torch.equal(tiles_to_square(tiles, n_positions), square)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(n_positions=st.integers(1, 300), kind=st.sampled_from(MASKS), n_rows=st.integers(1, 140),
        seed=st.integers(0, 99))
 def test_row_blocks_cover_every_visible_key(n_positions, kind, n_rows, seed):
