@@ -27,12 +27,12 @@ SITES = ("resid", "attn_out", "mlp_out", "z", "mlp_post")
 EXACT = 1e-10
 CONVENTIONS = (
     "Everything in float64 with raw weights, at one dimension of one position. resid[d] = token_embedding + "
-    "position_embedding + Σ over layers before d of (attn_out + mlp_out); attn_out = Σ head + attn_bias; mlp_out = Σ "
-    "neurons + mlp_bias, of which the n largest by |contribution| are listed and neuron_rest is the sum of the others. "
-    "A neuron's contribution is its activation (mlp_post) × its weight, the entry of W_out at the dimension. w_out_sigma: "
-    "the two largest singular values of W_out; w_out_alignment: the entry of its first right singular vector at the "
-    "dimension, with the sign that makes the vector's largest entry positive. closure: the largest |sum − whole| of "
-    "these sums; stored_error: the largest |stored − computed| residual at the depths the run holds."
+    "position_embedding + Σ over layers before d of (attn_out + mlp_out); attn_out = Σ head_out + attn_bias; mlp_out = "
+    "Σ neurons + mlp_bias, of which the n largest by |contribution| are listed; neuron_rest is the sum of the others. "
+    "A neuron's contribution is its activation (mlp_post) × its weight, the entry of W_out at the dimension. "
+    "w_out_sigma: the two largest singular values of W_out; w_out_alignment: the entry of its first right singular "
+    "vector at the dimension, with the sign that makes the vector's largest entry positive. closure: the largest "
+    "|sum − whole| of these sums; stored_error: the largest |stored − computed| residual at the depths the run holds."
 )
 
 
@@ -91,8 +91,8 @@ def massive_origin(
     the position are run again.
 
     Returns a dataset: token_embedding, position_embedding [event]; resid [event, depth]; attn_out, mlp_out, mlp_bias,
-    attn_bias [event, layer]; head [event, layer, head]; neuron, neuron_contribution, neuron_activation, neuron_weight
-    [event, layer, rank], neuron_rest [event, layer]; w_out_sigma [layer, sigma], w_out_alignment [event, layer].
+    attn_bias [event, layer]; head_out [event, layer, head]; neuron, neuron_contribution, neuron_activation,
+    neuron_weight [event, layer, rank]; neuron_rest, w_out_alignment [event, layer]; w_out_sigma [layer, sigma].
     """
     run = as_run(run)
     chosen = list(events) or ([] if result is None else massive_events(run, result, level))
@@ -172,7 +172,7 @@ def _split(
     if closure > EXACT * max(1.0, float(part.abs().sum()), float(resid.abs().max())):
         raise ArithmeticError(f"the contributions to {event} miss the residual stream by {closure:g}.")
     out = {"token_embedding": embedding[0], "position_embedding": embedding[1], "resid": resid, "attn_out": attn,
-           "mlp_out": mlp, "attn_bias": bias["attn"], "mlp_bias": bias["mlp"], "head": head, "neuron": order,
+           "mlp_out": mlp, "attn_bias": bias["attn"], "mlp_bias": bias["mlp"], "head_out": head, "neuron": order,
            "neuron_contribution": listed, "neuron_activation": activation.gather(1, order),
            "neuron_weight": w_out.gather(1, order), "neuron_rest": part.sum(1) - listed.sum(1)}  # fmt: skip
     return {name: value.numpy() for name, value in out.items()} | {"closure": np.array(closure)}
@@ -200,14 +200,15 @@ def _dataset(
              ("attn_out", "mlp_out", "attn_bias", "mlp_bias", "neuron_rest")}  # fmt: skip
     tails |= {name: ("layer", "rank") for name in
               ("neuron", "neuron_contribution", "neuron_activation", "neuron_weight")}  # fmt: skip
-    tails |= {"resid": ("depth",), "head": ("layer", "head")}
+    tails |= {"resid": ("depth",), "head_out": ("layer", "head")}
     data: dict[str, Any] = {
         name: (("event", *tails.get(name, ())), np.stack([one[name] for one in found])) for name in found[0]
     }
     sigma, vectors = _spectra(checkpoint)
     data["w_out_sigma"] = ("layer", "sigma"), sigma
     data["w_out_alignment"] = ("event", "layer"), np.stack([vectors[:, e.dimension] for e in events])
-    data["stored_error"] = ("event",), np.array([_stored_error(run, e, f["resid"]) for e, f in zip(events, found, strict=True)])
+    error = [_stored_error(run, event, one["resid"]) for event, one in zip(events, found, strict=True)]
+    data["stored_error"] = ("event",), np.array(error)
     coords: dict[str, Any] = {
         name: ("event", np.array([getattr(e, name) for e in events])) for name in ("dimension", "sequence", "position")
     }

@@ -78,6 +78,9 @@ def save(run: Run | str | Path, dataset: Any) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
+    for name, variable in dataset.variables.items():
+        if variable.dtype.kind == "U":
+            dataset = dataset.assign({name: variable.astype(object)})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         dataset.to_zarr(new, zarr_format=3, consolidated=True)

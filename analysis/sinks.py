@@ -171,13 +171,15 @@ def _dataset(run: Run, site: str, leads: list[int], state: State, analysis: Anal
         coords |= {"same_word": [True, False], "word_distance": np.arange(1, WORD_REACH + 1)}
     attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
     layers = [int(layer) for layer in coords["layer"]]
-    for name, step in zip(("l_in", "l_out"), transitions(by_layer[QUERY_SETS.index("second_half")]), strict=True):
-        variables[name] = _step(step, layers)
+    whole = len(layers) == run.manifest.model["config"]["n_layer"]
+    steps = transitions(by_layer[QUERY_SETS.index("second_half")]) if whole else (None, None)
+    for name, step in zip(("l_in", "l_out"), steps, strict=True):
+        variables[name] = _step(step, layers, "none" if whole else "not all layers are there")
     return xarray.Dataset(variables, coords, attributes)
 
 
-def _step(step: Step | None, layers: list[int]) -> tuple[tuple[()], int, dict[str, Any]]:
-    """Return a transition as a scalar variable: the layer after it, −1 for none, with its R² and height."""
+def _step(step: Step | None, layers: list[int], why: str) -> tuple[tuple[()], int, dict[str, Any]]:
+    """Return a transition as a scalar variable: the layer after it, −1 for none, with its R² and height, or why not."""
     if step is None:
-        return (), -1, {"note": "none"}
+        return (), -1, {"note": why}
     return (), layers[step.index], {"r2": step.r2, "jump": step.jump}

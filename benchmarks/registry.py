@@ -8,6 +8,7 @@ from importlib import import_module
 BENCHMARKS = {
     "extract": ("bench_extract", "extraction to disk against forward passes that capture nothing"),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
+    "workers": ("bench_workers", "two Ray workers against one, and what a block costs beside its own work"),
 }
 
 

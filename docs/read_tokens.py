@@ -17,5 +17,5 @@ tokens = run["tokens"][sequence]
 rows = run["pattern"][layer, sequence, :, query]  # [head, key]
 print(f"layer {layer}, query {query} {text.get(int(tokens[query]))!r}: the three strongest keys of each head")
 for head, row in enumerate(rows):
-    keys = np.argsort(row)[::-1][:3]
-    print(f"  head {head}: " + ", ".join(f"{k} {text.get(int(tokens[k]), '<|endoftext|>')!r} {row[k]:.2f}" for k in keys))
+    strongest = [(k, text.get(int(tokens[k]), "<|endoftext|>"), row[k]) for k in np.argsort(row)[::-1][:3]]
+    print(f"  head {head}: " + ", ".join(f"{k} {token!r} {share:.2f}" for k, token, share in strongest))

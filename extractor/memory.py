@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from headwater.extractor.batch import make_batch
 from headwater.extractor.capture import CaptureTap
 from headwater.extractor.config import RunConfig
-from headwater.extractor.model import Model
-from headwater.extractor.plan import Geometry, Plan, make_plan
+from headwater.extractor.model import COMPUTE, Model
+from headwater.extractor.plan import Plan, geometry, make_plan
 from headwater.extractor.sites import RequestError
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
 from headwater.extractor.tokens import iter_token_rows
@@ -71,22 +72,25 @@ def capture(
 ) -> Any:
     """Run texts through a model and return what happens inside as an xarray.Dataset with named dimensions.
 
-    `text` is one text, several (one sequence each, padded at the right), or token ids [sequence, position] with −1 for
-    padding. The other arguments are those of `headwater extract`. Texts longer than the model's n_ctx are cut there.
-    Raises RequestError for what does not fit the model.
+    `model` is what `headwater extract` takes, or a Model, whose compute type then counts. `text` is one text, several
+    (one sequence each, padded at the right), or token ids [sequence, position] with −1 for padding. The other arguments
+    are those of `headwater extract`. Texts longer than the model's n_ctx are cut there. Raises RequestError for what
+    does not fit the model.
     """
     import xarray
 
     loaded, checkpoint = _ready(model, compute)
-    ids, coder = _ids(text, checkpoint, bos, tokenizer)
+    home = tokenizer or (checkpoint.tokenizer if checkpoint else None)
+    coder = None if home is None else load_tokenizer(home)
+    ids = text if isinstance(text, np.ndarray) else _encode(text, loaded, coder, bos)
     rows = list(iter_token_rows(ids, loaded.config.d_vocab))
     tokens, row_start = (np.concatenate([getattr(r, name) for r in rows]) for name in ("tokens", "row_start"))
     config = RunConfig(
-        out=".", sites=tuple(sites), layers=layers, depths=depths, heads=heads, positions=positions, compute=compute,
-        dtype=dtype, top_k=top_k,
+        out=".", sites=sites, layers=layers, depths=depths, heads=heads, positions=positions, dtype=dtype,
+        top_k=top_k,
     )  # fmt: skip
     n, length = tokens.shape
-    plan = make_plan(config, loaded.config, Geometry(length, n, n), n)
+    plan = make_plan(config, loaded.config, replace(geometry(config, loaded.config, length), block=n, micro=n), n)
     sink = run_in_memory(loaded, plan, tokens, row_start)
     data = {spec.name: (spec.dims, sink.arrays[spec.name], spec.attributes) for spec in plan.arrays}
     coords: dict[str, Any] = {"token": (("sequence", "position"), tokens)}
@@ -100,7 +104,8 @@ def capture(
         coords["depth_fraction"] = "depth", [d / n_layer for d in s.depths]
     if "layer" in used:
         coords["layer_fraction"] = "layer", [(layer + 0.5) / n_layer for layer in s.layers]
-    return xarray.Dataset(data, coords, {"model": checkpoint.name if checkpoint else "", "compute": compute})
+    used_compute = next(name for name, dtype in COMPUTE.items() if dtype == loaded.compute)
+    return xarray.Dataset(data, coords, {"model": checkpoint.name if checkpoint else "", "compute": used_compute})
 
 
 def run_in_memory(model: Model, plan: Plan, tokens: np.ndarray, row_start: np.ndarray) -> MemorySink:
@@ -131,28 +136,22 @@ def _ready(model: str | Model, compute: str) -> tuple[Model, Checkpoint | None]:
     return (model, None) if isinstance(model, Model) else _load(model, compute)
 
 
-def _ids(
-    text: str | Sequence[str] | np.ndarray, checkpoint: Checkpoint | None, bos: bool, tokenizer: str | None
-) -> tuple[np.ndarray, Tokenizer | None]:
-    """Return ids [sequence, position], −1 for padding, and the tokenizer where there is one."""
-    home = tokenizer or (checkpoint.tokenizer if checkpoint else None)
-    coder = None if home is None else load_tokenizer(home)
-    if isinstance(text, np.ndarray):
-        return text, coder
+def _encode(text: str | Sequence[str], model: Model, coder: Tokenizer | None, bos: bool) -> np.ndarray:
+    """Return the ids of texts, [sequence, position], −1 for padding."""
     if coder is None:
         raise RequestError("the model comes without a tokenizer; give tokenizer=, or token ids instead of text.")
-    assert checkpoint is not None or tokenizer is not None
-    first = [coder.end_of_text] if bos and coder.end_of_text is not None else []
-    if checkpoint is not None and bos and checkpoint.config.bos_token_id is not None:
-        first = [checkpoint.config.bos_token_id]
-    limit = checkpoint.config.n_ctx if checkpoint else None
-    encoded = [(first + ids)[:limit] for ids in coder.encode_batch([text] if isinstance(text, str) else list(text))]
+    start = coder.end_of_text if model.config.bos_token_id is None else model.config.bos_token_id
+    if bos and start is None:
+        raise RequestError("bos: neither the model nor the tokenizer names a beginning-of-text token. Leave it out.")
+    first = [start] if bos and start is not None else []
+    texts = [text] if isinstance(text, str) else list(text)
+    encoded = [(first + ids)[: model.config.n_ctx] for ids in coder.encode_batch(texts)]
     if not encoded or not all(encoded):
         raise RequestError("a text holds no tokens; give texts that are not empty.")
     ids = np.full((len(encoded), max(map(len, encoded))), -1, np.int32)
     for row, values in zip(ids, encoded, strict=True):
         row[: len(values)] = values
-    return ids, coder
+    return ids
 
 
 def _strings(coder: Tokenizer, tokens: np.ndarray) -> np.ndarray:

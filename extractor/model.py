@@ -186,7 +186,7 @@ class Model:
         qkv = self._linear(f"h.{layer}.attn.c_attn", normed, "qkv")
         if self.compute != self.stream:
             qkv = self.workspace.get("qkv_exact", tuple(qkv.shape), self.stream).copy_(qkv)
-        q, k, v = (part.view(n, length, c.n_head, c.d_head) for part in torch.split(qkv, c.d_model, -1))
+        q, k, v = (part.view(n, length, c.n_head, c.d_head) for part in qkv.chunk(3, -1))
         for site, value in (("q", q), ("k", k), ("v", v)):
             if tap.wants(site, layer):
                 tap.take(site, layer, value)
@@ -244,7 +244,7 @@ def _activate(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor)
     """
     flat, threads = x.as_strided((_round_up(x.numel()),), (1,)), torch.get_num_threads()
     whole = len(flat) - len(flat) % (SHARE * threads) if len(flat) >= GRAIN * threads else 0
-    for part in (flat[:whole], *flat[whole:].split(GRAIN // 2)):
+    for part in (flat[:whole], *torch.split(flat[whole:], GRAIN // 2)):
         function(part)
 
 

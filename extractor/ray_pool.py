@@ -34,8 +34,10 @@ from headwater.store.writer import INTERNAL
 
 IN_FLIGHT = 2
 MAX_FAILURES = 3
+MAX_REFUSALS = 2
 FAILURES_IN_A_ROW = 30
 START_SECONDS = 300
+JOIN_SECONDS = 20
 TICK_SECONDS = 1.0
 STORE_BYTES = 80 << 20
 OWN_FOLDERS = Path("/tmp")  # not TMPDIR: the names of Ray's sockets must stay short
@@ -204,7 +206,7 @@ class RayPool:
                 yield entry
 
     def _seat_newcomers(self) -> None:
-        """Let workers that have loaded their model take blocks; count those that cannot start."""
+        """Let workers that have loaded their model take blocks; try others for those that cannot start."""
         starting = [seat for seat in self._seats if seat.starting is not None]
         for seat in starting:
             if not self._ray.wait([seat.starting], timeout=0)[0]:
@@ -216,6 +218,8 @@ class RayPool:
                 self._dismiss(seat)
                 self.roster.n_refused += 1
                 self._refusal = _last_line(error)
+                if self.roster.n_refused <= MAX_REFUSALS * self._n:  # its node may have been the fault
+                    self._hire()
         if not self._seats:
             raise WorkersLost(f"no worker could start: {self._refusal}")
         if all(s.starting is not None and time.monotonic() - s.since > START_SECONDS for s in self._seats):
@@ -328,9 +332,12 @@ def _start(ray: Any, address: str | None, n_workers: int, stack: ExitStack) -> N
                  _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS, **quiet)  # fmt: skip
         return
     stack.callback(ray.shutdown)
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal() and "/" not in host:
+            socket.create_connection((host.strip("[]"), int(port)), JOIN_SECONDS).close()  # Ray would try for minutes
         ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise WorkersLost(
             f"--ray {address}: no Ray cluster can be joined there ({_last_line(error)}). Start one with `ray start "
             "--head`, or use --workers alone."
@@ -346,6 +353,8 @@ def _kept_handlers() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as stop:
+        raise (KeyboardInterrupt if stop.code == signal.SIGTERM else stop) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

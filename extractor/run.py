@@ -128,13 +128,10 @@ def check_same(config: RunConfig, checkpoint: Checkpoint, run: Path) -> Manifest
     if config.tokens is None:
         shape = replace(geometry(wanted, checkpoint.config), micro=manifest.micro)
     asked = make_plan(wanted, checkpoint.config, shape, 1).canonical
-    asked |= {"model weights": checkpoint.digest[:12]}
-    stored = manifest.config | {"model weights": manifest.model["digest"][:12]}
-    differing = [(k, stored[k], asked[k]) for k in stored if stored[k] != asked[k]]
-    request, kept = text_request(config), manifest.text["request"]
-    differing += [(k, kept[k], request[k]) for k in kept if kept[k] != request[k]]
-    if differing:
-        listed = "; ".join(f"{name} is {_short(a)} in the run, {_short(b)} in the request" for name, a, b in differing)
+    asked |= {"model weights": checkpoint.digest[:12], **text_request(config)}
+    stored = manifest.config | {"model weights": manifest.model["digest"][:12], **manifest.text["request"]}
+    if differing := _differing(stored, asked):
+        listed = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
         raise RunError(
             f"{run} was made with another configuration: {listed}. Give the same arguments to resume it (or "
             "only --out), or another --out for another run."
@@ -286,6 +283,23 @@ class _threads:
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self.before)
+
+
+def _differing(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Say what differs between two configurations; what is set for each site, only for sites that both have."""
+    found = []
+    for name, value in stored.items():
+        pairs = {name: (value, asked[name])}
+        if isinstance(value, dict):
+            pairs = {
+                f"{name} of {site}": (value[site], asked[name][site]) for site in value.keys() & asked[name].keys()
+            }
+        found += [
+            f"{what} is {_short(a)} in the run, {_short(b)} in the request"
+            for what, (a, b) in sorted(pairs.items())
+            if a != b
+        ]
+    return found
 
 
 def _short(value: Any) -> str:

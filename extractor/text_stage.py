@@ -53,6 +53,12 @@ class Source:
                 f"{'not both' if config.text else 'but got neither'}. Name a text file, a directory, a "
                 "glob or '-', or a .npy file of token ids."
             )
+        for name in config.labels:
+            if "/" in name or not name.isprintable():
+                raise RequestError(
+                    f"--labels {name!r}: a label becomes the name of an array, so it cannot have '/' or control "
+                    "characters in it. Rename the column."
+                )
         self.config, self.model = config, model
         self.tokenizer: Tokenizer | None = None
         self.packing: Packing | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _flush()
             return code
     except KeyboardInterrupt as stop:
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # zarr's, cut short
+        _hush()
         return _say(f"interrupted. {stop}", INTERRUPTED)
     except ValueError as error:
         return _say(f"error: {error}", REFUSED)
@@ -84,6 +85,12 @@ def _termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _hush() -> None:
+    """Keep quiet about zarr's reads that an interruption cut short."""
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _flush() -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.extractor.units import count, show_bytes
+from headwater.show import array_line, print_json, print_plan
 
 if TYPE_CHECKING:
     from headwater.extractor.config import RunConfig
-    from headwater.extractor.plan import Plan
-    from headwater.store.layout import ArraySpec
 
 DONE, FAILED = 0, 1
 NOWHERE = "headwater-plan"
+SHOWN_WORKERS = 8
 
 
 def run_plan(options: Any) -> int:
@@ -32,7 +31,7 @@ def run_plan(options: Any) -> int:
     free, memory = free_disk(out), available_memory()
     if options.json:
         sizes = plan.array_bytes()
-        _print_json({
+        print_json({
             "n_sequences": plan.n_sequences, "seq_len": plan.geometry.seq_len, "block": plan.geometry.block,
             "n_blocks": plan.n_blocks,
             "arrays": {s.name: {"n_bytes": sizes[s.name], "dtype": s.dtype, "codec": s.codec,
@@ -42,37 +41,9 @@ def run_plan(options: Any) -> int:
             "host_bytes": plan.host_bytes, "available_memory_bytes": memory,
         })  # fmt: skip
     else:
-        _print_plan(plan, free, memory)
+        print_plan(plan, free, memory)
     check_resources(plan, out)
     return DONE
-
-
-def _print_plan(plan: Plan, free: int, memory: int) -> None:
-    shape, sizes = plan.geometry, plan.array_bytes()
-    n_tokens = plan.n_sequences * shape.seq_len
-    print(
-        f"{count(plan.n_sequences, 'sequence')} of {count(shape.seq_len, 'position')}, "
-        f"{count(plan.n_blocks, 'block')} of {count(shape.block, 'sequence')}"
-    )
-    for spec in plan.arrays:
-        print(_array_line(spec, sizes[spec.name], f"{show_bytes(sizes[spec.name] / n_tokens):>9}/token"))
-    for name, size in (("the rest", plan.text_bytes), ("total", plan.total_bytes)):
-        print(f"  {name:15}{show_bytes(size):>9}{show_bytes(size / n_tokens):>9}/token")
-    print(f"disk    {show_bytes(plan.total_bytes)} needed, {show_bytes(free)} free")
-    print(f"memory  {show_bytes(plan.host_bytes)} needed, {show_bytes(memory)} available")
-    names, share = plan.heaviest()
-    if len(plan.arrays) > 1:
-        print(f"note: {', '.join(names)} {'takes' if len(names) == 1 else 'take'} {share:.0%} of the bytes")
-    if plan.certain_bytes < plan.total_bytes:
-        print(
-            f"note: bytes are counted before --codec; {show_bytes(plan.total_bytes - plan.certain_bytes)} will shrink"
-            + (", and must, to fit on the disk" if plan.total_bytes > free >= plan.certain_bytes else "")
-        )
-    if any(spec.dtype == "float16" and spec.name in ("resid", "resid_mid") for spec in plan.arrays):
-        print(
-            "note: float16 has steps of 2 between 2048 and 4096, where massive activations lie; --dtype resid=float32 "
-            "keeps them exact"
-        )
 
 
 def run_extract(options: Any) -> int:
@@ -97,7 +68,7 @@ def run_extract(options: Any) -> int:
     m, n = run.manifest, int(run.complete.sum())
     n_bytes = sum(size for entry in run.ledger.entries() for size, _ in entry.files.values())
     if options.json:
-        _print_json({
+        print_json({
             "run": str(run.path), "fingerprint": m.fingerprint, "n_sequences": m.n_sequences, "complete": n,
             "seq_len": m.n_positions, "n_blocks": m.n_blocks, "n_bytes": n_bytes, "sites": run.sites,
         })  # fmt: skip
@@ -126,6 +97,7 @@ def _kept(config: RunConfig) -> str:
 
 def run_status(options: Any) -> int:
     """Print how much of a run is done, and where its time went."""
+    from headwater.extractor.roster import by_worker
     from headwater.store.reader import open_run
 
     run = open_run(options.run)
@@ -140,20 +112,33 @@ def run_status(options: Any) -> int:
     n_blocks, n_tokens = run.manifest.n_blocks, sum(e.n_tokens for e in entries)
     n_bytes = sum(size for e in entries for size, _ in e.files.values())
     if options.json:
-        _print_json({
+        print_json({
             "run": options.run, "done": len(entries) == n_blocks, "n_blocks": n_blocks, "committed": len(entries),
             "n_sequences": run.manifest.n_sequences, "complete": sum(e.last - e.first for e in entries),
             "n_tokens": n_tokens, "n_bytes": n_bytes, "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "casts": casts,
+            "casts": casts, "workers": by_worker(entries),
         })  # fmt: skip
         return DONE
     state = "done" if len(entries) == n_blocks else f"go on with `headwater extract --out {options.run}`"
     print(f"{len(entries):,} of {count(n_blocks, 'block')}, {n_tokens:,} tokens, {show_bytes(n_bytes)}: {state}")
     if entries:
         print("seconds  " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+    _print_workers(by_worker(entries))
     for name, counts in casts.items():
         print(f"kept in {name}: {counts['overflow']:,} overflowed and {counts['nonfinite']:,} non-finite values")
     return DONE
+
+
+def _print_workers(workers: dict[str, dict[str, Any]]) -> None:
+    """Print the slowest of several workers, which hold the others up."""
+    slowest = sorted(workers.items(), key=lambda item: item[1]["tokens_per_second"])
+    for name, w in slowest[:SHOWN_WORKERS] if len(workers) > 1 else []:
+        print(
+            f"worker   {name}: {count(w['blocks'], 'block')}, {w['tokens']:,} tokens in {w['seconds']:.1f} s "
+            f"({w['tokens_per_second']:,.0f} a second), most of it {w['slowest']}"
+        )
+    if len(workers) > SHOWN_WORKERS:
+        print(f"         and {len(workers) - SHOWN_WORKERS:,} faster ones")
 
 
 def run_info(options: Any) -> int:
@@ -163,7 +148,7 @@ def run_info(options: Any) -> int:
     run = open_run(options.run)
     m, n = run.manifest, int(run.complete.sum())
     if options.json:
-        _print_json({name: value for name, value in m.to_json().items() if name != "statics"} | {"complete": n})
+        print_json({name: value for name, value in m.to_json().items() if name != "statics"} | {"complete": n})
         return DONE
     c, source = m.model["config"], m.text["sources"]
     print(f"run      {run.path}, fingerprint {m.fingerprint[:16]}")
@@ -177,7 +162,7 @@ def run_info(options: Any) -> int:
     )
     print(f"made by  headwater {m.made_by['headwater']}, torch {m.made_by['torch']}, {m.made_by['processor']}")
     for spec in m.arrays:
-        print(_array_line(spec, spec.stored_bytes(m.n_sequences)))
+        print(array_line(spec, spec.stored_bytes(m.n_sequences)))
     print(f"open it  import xarray\n         run = xarray.open_zarr({str(run.path)!r}, chunks=None)")
     print(f"         run[{m.arrays[0].name!r}]")
     return DONE
@@ -204,7 +189,7 @@ def run_verify(options: Any) -> int:
             fixed = repair(run, report)
     bad = [p for p in report.problems if p.block not in fixed]
     if options.json:
-        _print_json({
+        print_json({
             "run": options.run, "n_blocks": report.n_blocks, "committed": report.n_committed,
             "n_files": report.n_files, "n_bytes": report.n_bytes, "quick": options.quick, "uncommitted": fixed,
             "problems": [vars(p) for p in report.problems],
@@ -238,7 +223,7 @@ def run_sites(options: Any) -> int:
         sizes = {"layer": c.n_layer, "depth": c.n_layer + 1, "head": c.n_head, "d_model": c.d_model,
                  "d_head": c.d_head, "d_mlp": c.d_mlp}  # fmt: skip
     if options.json:
-        _print_json({
+        print_json({
             s.name: {"dims": s.dims, "title": s.title, "transformer_lens": s.alias,
                      "sizes": {d: sizes[d] for d in s.dims if d in sizes}}
             for s in SITES.values()
@@ -257,13 +242,3 @@ def _config(options: Any, out: str | None = None) -> RunConfig:
     from headwater.extractor.config import make_config
 
     return make_config(vars(options), options.config, out)
-
-
-def _array_line(spec: ArraySpec, size: int, more: str = "") -> str:
-    dims = ", ".join(f"{dim} {n}" for dim, n in zip(spec.dims, spec.shape, strict=True))
-    codec = "" if spec.codec == "none" else f" {spec.codec}"
-    return f"  {spec.name:15}{show_bytes(size):>9}{more}  {spec.dtype + codec:8}  ({dims})"
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))

@@ -32,12 +32,13 @@ def attention(
     """Compute causal softmax(scale · q kᵀ) v, and its pattern, row statistics or feature sums with it; forward only.
 
     `q` is [B, T, N, H]; `k` and `v` are [B, T, G, H] with N a multiple of G. Views of a fused projection are read in
-    place. `row_start` is int32 [B, T] or [T]: query t sees the keys [row_start, t], none where row_start > t; None is
-    plain causal. `pattern="tiles"` gives causal tiles of `edge` (T, or a multiple of 16), tile (i, j) at
-    i (i + 1) / 2 + j. `features` [T, F] or [B, T, F], at most 12 columns, are summed by each row's probabilities; the
-    kernels hold them in the type of v. `pattern_dtype` is float32 for float32 inputs and float16 for 16-bit inputs
-    unless it is given. `impl="auto"` takes Triton on CUDA, row blocks on the CPU, and the reference for float64 and
-    for heads wider than 256. Raises ValueError where shapes or types don't fit together, or a gradient is due.
+    place. `row_start` is int32 [B, T] or [T], never negative: query t sees the keys [row_start, t], none where
+    row_start > t; None is plain causal. `pattern="tiles"` gives causal tiles of `edge` (T, or a multiple of 16), tile
+    (i, j) at i (i + 1) / 2 + j. `features` [T, F] or [B, T, F], at most 12 columns, are summed by each row's
+    probabilities; the kernels hold them in the type of v. `pattern_dtype` is float32 for float32 inputs and float16
+    for 16-bit inputs unless it is given. `impl="auto"` takes Triton on CUDA, row blocks on the CPU, and the reference
+    for float64 and for heads wider than 256. Raises ValueError where shapes or types don't fit together, or a gradient
+    is due.
     """
     _check(q, k, v, scale)
     n, n_positions = q.shape[:2]

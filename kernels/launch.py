@@ -55,17 +55,13 @@ def arch_of(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def head_size(d_head: int) -> int:
-    """Return the row of the table that serves a head size: it is rounded up; 64 serves all smaller ones."""
-    return next(size for size in HEAD_SIZES if size >= d_head)
-
-
 @cache
 def lookup(kernel: str, arch: str, width: int, bits: int) -> Config:
-    """Return the pinned configuration; `width` is d_head, or d_model for the residual kernel."""
+    """Return the pinned configuration for `width`, which is d_head (rounded up), or d_model in the residual kernel."""
     if kernel == "residual":
         return Config(1, 0, 4 if width <= 1024 else 8, 1)
-    return parse(TABLE[arch, kernel, bits][head_size(width)])
+    row = TABLE[arch, kernel, bits]
+    return parse(row[min(size for size in row if size >= width)])
 
 
 def choose(kernel: str, device: torch.device, width: int, dtype: torch.dtype) -> Config:

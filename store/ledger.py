@@ -21,7 +21,7 @@ class LedgerError(RuntimeError):
 class Entry:
     """What a worker says of a block that it finished.
 
-    `files` maps paths inside the run to [bytes, CRC32C]; `casts` array → {"overflow": n, "nonfinite": n} of values
+    `files` maps paths inside the run to [bytes, sum]; `casts` array → {"overflow": n, "nonfinite": n} of values
     that the stored type could not hold; `seconds` phase → seconds.
     """
 

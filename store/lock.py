@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from headwater.store.files import make_directories
+from headwater.store.files import make_directories, sync_directory
 from headwater.store.manifest import PROBE
 from headwater.store.writer import INTERNAL
 
@@ -60,13 +60,12 @@ def probe(run: Path) -> None:
     first, second, third = (folder / f"{PROBE}{os.getpid()}-{i}" for i in range(3))
     operation = "create a file"
     try:
+        third.unlink(missing_ok=True)  # a process that died here may have had the same number, as in containers
         first.write_bytes(b"headwater")
         operation = "rename a file"
         os.replace(first, second)
         operation = "fsync a directory"
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(handle)
-        os.close(handle)
+        sync_directory(folder)
         operation = "make a hard link"
         os.link(second, third)
     except OSError as error:

@@ -16,7 +16,7 @@ import numpy as np
 
 from headwater.store.files import json_sum, make_directories, sync_directory, to_json, write_durably, write_temporary
 from headwater.store.layout import ArraySpec, array_metadata
-from headwater.store.shard import crc32c
+from headwater.store.shard import CRC_BYTES, crc32c
 from headwater.store.writer import INTERNAL
 
 FORMAT_VERSION = 1
@@ -34,7 +34,7 @@ class Manifest:
 
     `config` is the canonical configuration that `fingerprint` covers, together with the weights' and tokens' digests;
     `model`, `text` and `made_by` describe origin and processor; `statics` maps every file that is written once to
-    [bytes, CRC32C].
+    [bytes, sum].
     """
 
     fingerprint: str
@@ -158,13 +158,14 @@ class PlainArray:
 
 
 def write_static(run: Path, path: str, data: bytes, statics: dict[str, list[int]]) -> None:
-    """Write one of the files that never change and note its length and checksum in `statics`."""
+    """Write one of the files that never change and note its length and checksum (of a chunk its own) in `statics`."""
     final = run / path
     parents = make_directories(final.parent)
     write_temporary(final, data)
     for directory in {final.parent, *parents}:
         sync_directory(directory)
-    statics[path] = [len(data), int(google_crc32c.value(data))]
+    content = data[:-CRC_BYTES] if "/c/" in path else data
+    statics[path] = [len(data), int(google_crc32c.value(content))]
 
 
 def write_metadata(

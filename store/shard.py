@@ -11,9 +11,9 @@ import fcntl
 import mmap
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -22,7 +22,6 @@ from numcodecs.zstd import Zstd
 PAGE = 4096
 MISSING = 2**64 - 1
 CRC_BYTES = 4
-POLYNOMIAL = 0x82F63B78
 
 
 def round_up(n_bytes: int) -> int:
@@ -33,50 +32,6 @@ def round_up(n_bytes: int) -> int:
 def crc32c(data: object) -> bytes:
     """Return the little-endian CRC32C of a bytes-like object, as Zarr's `crc32c` codec stores it."""
     return int(google_crc32c.value(data)).to_bytes(4, "little")
-
-
-def combine(first: int, second: int, n_bytes: int) -> int:
-    """Return the CRC32C of two pieces from theirs; `n_bytes` is the length of the second."""
-    return _advance(first, n_bytes) ^ second
-
-
-def _advance(crc: int, n_bytes: int) -> int:
-    """Return what a checksum contributes after `n_bytes` more bytes: a linear map over its 32 bits."""
-    columns = _advance_columns(n_bytes)
-    result, bit = 0, 0
-    while crc:
-        if crc & 1:
-            result ^= columns[bit]
-        crc >>= 1
-        bit += 1
-    return result
-
-
-@lru_cache(maxsize=64)
-def _advance_columns(n_bytes: int) -> tuple[int, ...]:
-    """Return where each of the 32 bits goes: the map of one zero byte, raised to a power as in zlib's crc32_combine."""
-    power = [_zero_byte(1 << bit) for bit in range(32)]
-    columns = [1 << bit for bit in range(32)]
-    while n_bytes:
-        if n_bytes & 1:
-            columns = [_apply(power, column) for column in columns]
-        power = [_apply(power, column) for column in power]
-        n_bytes >>= 1
-    return tuple(columns)
-
-
-def _apply(columns: Sequence[int], value: int) -> int:
-    result = 0
-    for bit in range(32):
-        if value >> bit & 1:
-            result ^= columns[bit]
-    return result
-
-
-def _zero_byte(crc: int) -> int:
-    for _ in range(8):
-        crc = crc >> 1 ^ (POLYNOMIAL if crc & 1 else 0)
-    return crc
 
 
 def page_buffer(n_bytes: int) -> np.ndarray:
@@ -102,6 +57,29 @@ def decode_index(tail: bytes, n_chunks: int) -> np.ndarray:
     if crc32c(body) != check:
         raise ValueError("shard index does not match its CRC32C; the file is damaged")
     return np.frombuffer(body, "<u8").reshape(n_chunks, 2)
+
+
+def shard_sum(file: BinaryIO, n_chunks: int) -> int:
+    """Read a shard and return its sum: the CRC32C of its chunks' checksums in the order of the file, then of its index.
+
+    (The CRC32C of the bytes would not do: of anything that ends with its own CRC32C, it is always the same.) Raises
+    ValueError where a chunk or the index does not match its checksum, or a gap is not zero.
+    """
+    tail = 16 * n_chunks + CRC_BYTES
+    length = file.seek(0, os.SEEK_END)
+    file.seek(max(length - tail, 0))
+    index = decode_index(file.read(), n_chunks)
+    crc, at = 0, file.seek(0)
+    for offset, n_bytes in sorted((int(o), int(n)) for o, n in index if o != MISSING):
+        if not at <= offset <= offset + n_bytes <= length - tail or any(file.read(offset - at)):
+            raise ValueError("shard has something between its chunks; the file is damaged")
+        data, check = file.read(n_bytes - CRC_BYTES), file.read(CRC_BYTES)
+        if crc32c(data) != check:
+            raise ValueError("a chunk does not match its CRC32C; the file is damaged")
+        crc, at = int(google_crc32c.extend(crc, check)), offset + n_bytes
+    if any(file.read(length - tail - at)):
+        raise ValueError("shard has something behind its chunks; the file is damaged")
+    return int(google_crc32c.extend(crc, index.tobytes()))
 
 
 class ShardWriter:
@@ -154,12 +132,12 @@ class ShardWriter:
     def commit(self) -> tuple[int, int]:
         """Write the index, cut the file to its exact length, fsync and close.
 
-        Returns the length in bytes and the CRC32C of the whole file.
+        Returns the length in bytes and the file's sum, see `shard_sum`.
         """
         tail = encode_index(self._index)
         pages = page_buffer(len(tail))
         pages[: len(tail)] = np.frombuffer(tail, np.uint8)
-        crc = int(google_crc32c.extend(self._crc, bytes(tail)))
+        crc = int(google_crc32c.extend(self._crc, tail[:-CRC_BYTES]))
         self._write(pages[: round_up(len(tail))], self._end)
         length = self._end + len(tail)
         os.ftruncate(self._file, length)
@@ -187,11 +165,11 @@ class ShardWriter:
         if self._index[flat, 0] != MISSING:
             raise ValueError(f"chunk {tuple(index)} of {self.path.name} was written twice; each chunk is put once")
         stored = n_bytes + CRC_BYTES
-        check = int(google_crc32c.value(row[:n_bytes]))
-        row[n_bytes:stored] = np.frombuffer(check.to_bytes(4, "little"), np.uint8)
+        check = crc32c(row[:n_bytes])
+        row[n_bytes:stored] = np.frombuffer(check, np.uint8)
         row[stored:] = 0
         self._index[flat] = (offset, stored)
-        self._crc = int(google_crc32c.extend(combine(self._crc, check, n_bytes), row[n_bytes:]))
+        self._crc = int(google_crc32c.extend(self._crc, check))
 
     def _write(self, pages: np.ndarray, offset: int) -> None:
         view = memoryview(pages.data)

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 
 from headwater.store.files import sync_directory
 from headwater.store.ledger import Entry, LedgerError
 from headwater.store.reader import Run
-from headwater.store.shard import CRC_BYTES, decode_index
+from headwater.store.shard import CRC_BYTES, crc32c, decode_index, shard_sum
 
 READ_BYTES = 8 << 20
 
@@ -61,9 +62,8 @@ def verify(run: Run, quick: bool = False, workers: int = 1, progress: Callable[[
 
     def check(job: tuple[str, int, int, int | None]) -> tuple[int, Problem | None]:
         path, size, crc, block = job
-        what = _check_file(
-            run.path / path, size, crc, grids.get(path.split("/")[0], 0) if block is not None else 0, quick
-        )
+        n_chunks = 0 if block is None else grids.get(path.split("/")[0], 0)
+        what = _check_file(run.path / path, path, size, crc, n_chunks, quick)
         if progress is not None:
             progress(size)
         return size, None if what is None else Problem(path, what, block)
@@ -102,23 +102,34 @@ def _entries(run: Run, problems: list[Problem]) -> Iterator[Entry]:
         yield entry
 
 
-def _check_file(path: Path, size: int, crc: int, n_chunks: int, quick: bool) -> str | None:
-    """Return what is wrong with a file, or None."""
+def _check_file(path: Path, name: str, size: int, crc: int, n_chunks: int, quick: bool) -> str | None:
+    """Return what is wrong with a file, or None; `n_chunks` is 0 for what is no shard."""
     try:
         found = path.stat().st_size
         if found != size:
             return f"has {found} bytes, expected {size}"
         with path.open("rb") as file:
-            if quick:
-                if n_chunks:
-                    file.seek(size - 16 * n_chunks - CRC_BYTES)
-                    decode_index(file.read(), n_chunks)
-                return None
-            actual = 0
-            while part := file.read(READ_BYTES):
-                actual = google_crc32c.extend(actual, part)
-            return None if actual == crc else "does not match its checksum"
+            if quick and n_chunks:
+                file.seek(size - 16 * n_chunks - CRC_BYTES)
+                decode_index(file.read(), n_chunks)
+            return None if quick or _is_whole(file, name, crc, n_chunks) else "does not match its checksum"
     except FileNotFoundError:
         return "is missing"
     except (OSError, ValueError) as error:
         return f"cannot be read: {error}"
+
+
+def _is_whole(file: BinaryIO, name: str, crc: int, n_chunks: int) -> bool:
+    """Say whether a file has the sum that was noted of it."""
+    if n_chunks:
+        try:
+            return shard_sum(file, n_chunks) == crc
+        except ValueError:
+            return False
+    if "/c/" in name:
+        data = file.read()
+        return crc32c(data[:-CRC_BYTES]) == data[-CRC_BYTES:] == crc.to_bytes(CRC_BYTES, "little")
+    actual = 0
+    while part := file.read(READ_BYTES):
+        actual = google_crc32c.extend(actual, part)
+    return actual == crc

@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 @dataclass
 class FileSum:
-    """Length in bytes and CRC32C of one file of a block."""
+    """Length in bytes and sum of one file of a block: of a shard see `shard_sum`, of a chunk its CRC32C."""
 
     n_bytes: int
     crc32c: int
@@ -241,11 +241,12 @@ class BlockWriter:
         self._directories.clear()
         data = np.zeros(self.block, bool)
         data[: self._last - self._first] = True
-        raw = data.tobytes() + crc32c(data.view(np.uint8))
+        check = crc32c(data.view(np.uint8))
+        raw = data.tobytes() + check
         temporary = self.run / INTERNAL / "tmp" / f"{self._label}-complete"
         write_temporary(temporary, raw)
         path = f"complete/c/{self._first // self.block}"
-        self._files[path] = FileSum(len(raw), int.from_bytes(crc32c(raw), "little"))
+        self._files[path] = FileSum(len(raw), int.from_bytes(check, "little"))
         self._rename(temporary, path)
 
     def _total_waited(self) -> float:
@@ -266,5 +267,5 @@ def ring_bytes(specs: Sequence[ArraySpec]) -> int:
 
 
 def file_sums(files: Mapping[str, FileSum]) -> dict[str, list[int]]:
-    """Return path → [bytes, CRC32C], as the ledger stores it."""
+    """Return path → [bytes, sum], as the ledger stores it."""
     return {path: [f.n_bytes, f.crc32c] for path, f in files.items()}

@@ -151,7 +151,6 @@ def test_a_run_gives_the_means_of_its_rows(analysis_run, layout):
 def test_float16_patterns_agree_with_the_statistics(tmp_path, oracle):
     ids = np.random.default_rng(1).integers(0, 31, (3, 60))
     run = make_run(tmp_path, oracle, ids, lambda model: None, dtype="float16")
-    assert run["pattern"].dtype == np.float16
     patterns, statistics = (sinks(run, source=source) for source in ("pattern", "statistics"))
     for name in ("first_token_share", "entropy", "entropy_normalised", "entropy_non_sink", "received"):
         np.testing.assert_allclose(patterns[name], statistics[name], 2e-3, 2e-3, err_msg=name)
@@ -195,6 +194,7 @@ def test_bad_requests_say_what_to_extract(analysis_run, tmp_path, oracle):
         sinks(analysis_run("plain"), words=True)
     with pytest.raises(RunError, match="at layers"):
         sinks(analysis_run("plain"), layers=[8])
+    assert sinks(analysis_run("plain"), layers=[0, 2]).l_in.note == "not all layers are there"
     run = make_run(tmp_path, oracle, np.zeros((1, 8)), lambda model: None, preset="residual")
     with pytest.raises(RunError, match=r"sinks need pattern or attn_entropy.*--preset statistics"):
         sinks(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import pytest
 
 import headwater
 from headwater.benchmarks import faults
-from headwater.store.lock import LockedError, hold
+from headwater.store.lock import LockedError, hold, probe
 from headwater.store.verify import verify
 
 HOLDER = "import sys; from pathlib import Path; from headwater.store.lock import hold\n"
@@ -67,6 +68,22 @@ def test_the_name_of_a_dead_holder_does_not_remain(tmp_path):
     (tmp_path / "headwater/lock").write_text("x" * 1000)
     with hold(tmp_path), pytest.raises(LockedError, match=f"process {os.getpid()} "), hold(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(("name", "operation"), [("replace", "rename a file"), ("fsync", "fsync a directory"),
+                                                 ("link", "make a hard link")])
+def test_a_file_system_that_cannot_keep_the_promise_is_refused(tmp_path, monkeypatch, name, operation):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(OSError, match=rf"run cannot hold a run: .* refuses to {operation} \(Operation not permitted"):
+        probe(tmp_path / "run")
+    monkeypatch.undo()
+    assert not list((tmp_path / "run/headwater/tmp").iterdir())
+    (tmp_path / "run/headwater/tmp" / f"probe-{os.getpid()}-2").write_text("of a process that died")
+    probe(tmp_path / "run")
+    assert not list((tmp_path / "run/headwater/tmp").iterdir())
 
 
 def test_many_drivers_at_once_make_one_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Faults of a cluster, each provoked on a real one of several raylets: whatever dies, the bytes are those of one process."""
+"""Faults of a cluster, provoked on a real one of several raylets: whatever dies, the bytes are those of one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from headwater.extractor.ray_pool import WorkersLost
 from headwater.extractor.run import extract
 from headwater.store.verify import verify
 
-LOOPBACK = {"node_ip_address": "127.0.0.1", "include_dashboard": False, "object_store_memory": 80 << 20}
+SMALL = {"include_dashboard": False, "object_store_memory": 80 << 20}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def cluster(tmp_path_factory):
             patch.setenv(name, value)
         cluster_utils = pytest.importorskip("ray.cluster_utils")
         handler = signal.getsignal(signal.SIGTERM)
-        made = cluster_utils.Cluster(True, head_node_args={"num_cpus": 0, **LOOPBACK})
+        made = cluster_utils.Cluster(True, head_node_args={"num_cpus": 0, **SMALL})
         yield made
         made.shutdown()
         signal.signal(signal.SIGTERM, handler)
@@ -42,7 +42,7 @@ def nodes(cluster):
     added = []
 
     def add():
-        added.append(cluster.add_node(num_cpus=1, **LOOPBACK))
+        added.append(cluster.add_node(num_cpus=1, **SMALL))
         return added[-1]
 
     yield add

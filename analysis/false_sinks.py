@@ -1,0 +1,103 @@
+"""False sinks: positions that look like the first one to a model because one token, or one cluster, is repeated.
+
+Yona et al. 2025 (arXiv 2503.08908). No run is needed: the rows are made here and run in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+EPSILON, RATIO = 0.3, 0.5
+ROWS_AT_ONCE = 16
+SITES = ("attn_received", "attn_sink", "resid_norm")
+CONVENTIONS = (
+    "Rows of one token n times, or of n draws from a cluster of tokens, alone or behind the beginning-of-text token. "
+    "False positions are all but the row's first. false_norm: share of them whose residual norm is at least `ratio` × "
+    "that of the first position, by depth; norm_ratio: the mean of that ratio. false_attention: share of (head, false "
+    "key) with α_k > ε, α_k = mean mass on key k per row that sees it, keys that fewer than 16 rows see left out. "
+    "first_token_share: mean over all queries but the first. control_*: the same for rows of different tokens, drawn "
+    "at random; where control_false_norm is near 1, the first position is no sink at that depth."
+)
+
+
+def false_sinks(
+    model: Any,
+    tokens: Sequence[int | Sequence[int]],
+    lengths: Sequence[int] = (16, 64, 256),
+    bos: int | None = None,
+    epsilon: float = EPSILON,
+    ratio: float = RATIO,
+    seed: int = 0,
+) -> Any:
+    """Measure false sinks of repeated tokens, and of mixtures where an entry of `tokens` is itself a list.
+
+    `model` is what `capture` takes: a directory, a hub id, "demo", or a loaded Model. With `bos`, an id, every row is
+    tried with that token in front as well. Returns a dataset by start, repeated, length and depth or layer.
+    """
+    import xarray
+
+    from headwater.extractor.memory import capture
+
+    n_ctx, d_vocab = _sizes(model)
+    longest = max(lengths, default=0) + (bos is not None)
+    if not tokens or not lengths or min(lengths) < 2 or longest > n_ctx:
+        raise ValueError(
+            f"lengths are {tuple(lengths)} for {len(tokens)} tokens; expected at least one token, and lengths from 2 "
+            f"to {n_ctx - (bos is not None)}, the model's context without the token in front."
+        )
+    rng = np.random.default_rng(seed)
+    clusters = [np.atleast_1d(entry) for entry in tokens]
+    starts = ["token"] + (["bos"] if bos is not None else [])
+    found: dict[str, list[list[np.ndarray]]] = {}
+    for start in starts:
+        by_length: dict[str, list[np.ndarray]] = {}
+        for length in lengths:
+            rows = [rng.choice(cluster, length) for cluster in clusters]
+            rows += [rng.permutation(d_vocab)[:length] if length <= d_vocab else rng.integers(0, d_vocab, length)]
+            ids = np.stack(rows).astype(np.int32)
+            if start == "bos":
+                ids = np.concatenate([np.full((len(ids), 1), bos, np.int32), ids], 1)
+            parts = [ids[at : at + ROWS_AT_ONCE] for at in range(0, len(ids), ROWS_AT_ONCE)]
+            figures = [_figures(capture(model, part, SITES), epsilon, ratio) for part in parts]
+            for name in figures[0]:
+                by_length.setdefault(name, []).append(np.concatenate([f[name] for f in figures]))
+        for name, arrays in by_length.items():
+            found.setdefault(name, []).append(arrays)
+    variables: dict[str, Any] = {}
+    for name, nested in found.items():
+        values = np.stack([np.stack(arrays) for arrays in nested])
+        axis = "depth" if "norm" in name else "layer"
+        variables[name] = ("start", "length", "repeated", axis), values[:, :, :-1]
+        variables[f"control_{name}"] = ("start", "length", axis), values[:, :, -1]
+    coords = {"start": starts, "length": list(lengths), "repeated": ["+".join(map(str, c)) for c in clusters]}
+    attributes = {"analysis": "false_sinks", "conventions": CONVENTIONS, "epsilon": epsilon, "ratio": ratio}
+    name = model if isinstance(model, str) else ""
+    return xarray.Dataset(variables, coords, attributes | {"seed": seed, "model": name})
+
+
+def _sizes(model: Any) -> tuple[int, int]:
+    """Return n_ctx and d_vocab of a model or of a model's name."""
+    from headwater.extractor.weights import read_config
+
+    config = read_config(model) if isinstance(model, str) else model.config
+    return int(config.n_ctx), int(config.d_vocab)
+
+
+def _figures(captured: Any, epsilon: float, ratio: float) -> dict[str, np.ndarray]:
+    """Reduce captured rows to [row, depth or layer]."""
+    norm = captured["resid_norm"].values.astype(np.float64)
+    relative = np.moveaxis(norm[..., 1:] / norm[..., :1], 0, 1)
+    received = np.moveaxis(captured["attn_received"].values.astype(np.float64), 0, 1)
+    n = received.shape[-1]
+    alpha = received / (n - np.arange(n))
+    keys = slice(1, max(n - 15, 2))
+    share = np.moveaxis(captured["attn_sink"].values.astype(np.float64), 0, 1)[..., 1:]
+    return {
+        "false_norm": (relative >= ratio).mean(-1),
+        "norm_ratio": relative.mean(-1),
+        "false_attention": (alpha[..., keys] > epsilon).mean((-1, -2)),
+        "first_token_share": share.mean((-1, -2)),
+    }

@@ -1,0 +1,53 @@
+"""Print plans, arrays and JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from headwater.extractor.units import count, show_bytes
+
+if TYPE_CHECKING:
+    from headwater.extractor.plan import Plan
+    from headwater.store.layout import ArraySpec
+
+
+def print_plan(plan: Plan, free: int, memory: int) -> None:
+    """Print each array with its bytes, what the run needs and what there is, and what a reader should know."""
+    shape, sizes = plan.geometry, plan.array_bytes()
+    n_tokens = plan.n_sequences * shape.seq_len
+    print(
+        f"{count(plan.n_sequences, 'sequence')} of {count(shape.seq_len, 'position')}, "
+        f"{count(plan.n_blocks, 'block')} of {count(shape.block, 'sequence')}"
+    )
+    for spec in plan.arrays:
+        print(array_line(spec, sizes[spec.name], f"{show_bytes(sizes[spec.name] / n_tokens):>9}/token"))
+    for name, size in (("the rest", plan.text_bytes), ("total", plan.total_bytes)):
+        print(f"  {name:15}{show_bytes(size):>9}{show_bytes(size / n_tokens):>9}/token")
+    print(f"disk    {show_bytes(plan.total_bytes)} needed, {show_bytes(free)} free")
+    print(f"memory  {show_bytes(plan.host_bytes)} needed, {show_bytes(memory)} available")
+    names, share = plan.heaviest()
+    if len(plan.arrays) > 1:
+        print(f"note: {', '.join(names)} {'takes' if len(names) == 1 else 'take'} {share:.0%} of the bytes")
+    if plan.certain_bytes < plan.total_bytes:
+        print(
+            f"note: bytes are counted before --codec; {show_bytes(plan.total_bytes - plan.certain_bytes)} will shrink"
+            + (", and must, to fit on the disk" if plan.total_bytes > free >= plan.certain_bytes else "")
+        )
+    if any(spec.dtype == "float16" and spec.name in ("resid", "resid_mid") for spec in plan.arrays):
+        print(
+            "note: float16 has steps of 2 between 2048 and 4096, where massive activations lie; --dtype resid=float32 "
+            "keeps them exact"
+        )
+
+
+def array_line(spec: ArraySpec, size: int, more: str = "") -> str:
+    """Describe an array in one line: name, bytes, `more`, stored type and codec, dimensions."""
+    dims = ", ".join(f"{dim} {n}" for dim, n in zip(spec.dims, spec.shape, strict=True))
+    codec = "" if spec.codec == "none" else f" {spec.codec}"
+    return f"  {spec.name:15}{show_bytes(size):>9}{more}  {spec.dtype + codec:8}  ({dims})"
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,150 @@
+"""`--workers` on this machine: drivers that are killed or stopped leave no process and no file, and the run goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headwater.benchmarks.faults import contents
+from headwater.extractor import ray_pool
+from headwater.extractor.ray_pool import OWN_FOLDERS, RayPool
+from headwater.extractor.run import extract
+from headwater.extractor.weights import load_checkpoint
+from headwater.store.manifest import read_manifest
+from headwater.store.reader import open_run
+from headwater.store.verify import verify
+
+OFFLINE = """
+import fcntl, socket, struct, sys
+from headwater.cli import main
+if not fcntl.ioctl(s := socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41)):
+    raise OSError
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+class Driver:
+    """A real `headwater extract --workers 2`; its descendants are known by a mark in their environment."""
+
+    def __init__(self, config, out, command=("-m", "headwater.cli")):
+        self.mark, self.ledger = uuid.uuid4().hex, Path(out) / "headwater/ledger"
+        flags = ["--model", config.model, "--tokens", config.tokens, "--preset", "all", "--block", "2"]
+        before = [] if command[0] == "-m" else ["unshare", "--net"]
+        self.process = subprocess.Popen(
+            [*before, sys.executable, *command, "extract", *flags, "--out", out, "--threads", "1", "--workers", "2"],
+            env=os.environ | {"MARK": self.mark, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def wait_for(self, n_blocks):
+        end = time.monotonic() + 120
+        while not self.ledger.is_dir() or len(list(self.ledger.iterdir())) < n_blocks:
+            assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
+            time.sleep(0.005)
+
+    def alive(self):
+        """The processes that it has started and that still run."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if f"MARK={self.mark}".encode() in path.read_bytes():
+                    found.append((path.parent / "cmdline").read_bytes()[:80])
+            except OSError:
+                continue
+        return found
+
+    def check_gone(self):
+        end = time.monotonic() + 30
+        while alive := self.alive():
+            assert time.monotonic() < end, alive
+            time.sleep(0.05)
+
+
+def own_folders():
+    return {path.parent for path in OWN_FOLDERS.glob("hw-ray-*/lock")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_nothing_but_finished_blocks(number, many_blocks, tmp_path):
+    config, expected = many_blocks
+    driver, before = Driver(config, tmp_path / "run"), own_folders()
+    driver.wait_for(2)
+    if number == signal.SIGINT:
+        os.killpg(driver.process.pid, number)  # as a terminal does
+    else:
+        driver.process.send_signal(number)
+    out, err = driver.process.communicate(timeout=60)
+    assert (driver.process.returncode, out) == (130, ""), err
+    assert "blocks are kept" in err.splitlines()[-1] and "Traceback" not in err, err
+    driver.check_gone()
+    assert own_folders() <= before and not list((tmp_path / "run/headwater/tmp").glob("weights-*"))
+    done = len(open_run(tmp_path / "run").ledger.committed())
+    assert 2 <= done < 16 and not verify(open_run(tmp_path / "run")).problems
+    run = extract(replace(config, out=str(tmp_path / "run")))
+    assert contents(run.path) == expected and not verify(run).problems
+
+
+def test_a_killed_driver_leaves_no_process_and_the_next_one_needs_no_network(many_blocks, tmp_path):
+    config, expected = many_blocks
+    driver, before = Driver(config, tmp_path / "run"), own_folders()
+    driver.wait_for(2)
+    driver.process.kill()
+    driver.process.communicate()
+    assert own_folders() - before, "it had a folder"
+    offline = subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
+    rerun = Driver(config, tmp_path / "run", ("-c", OFFLINE) if offline else ("-m", "headwater.cli"))
+    _, err = rerun.process.communicate(timeout=180)
+    assert rerun.process.returncode == 0, err
+    assert re.search(r"16 blocks, \d+ done already", err) and re.search(r"16/16 blocks .* 2 workers", err), err
+    driver.check_gone(), rerun.check_gone()
+    assert own_folders() <= before
+    run = open_run(tmp_path / "run")
+    assert contents(run.path) == expected and not verify(run).problems
+    assert not list((run.path / "headwater/tmp").iterdir())
+
+
+@pytest.mark.parametrize("what", ["init", "remote"])
+def test_nothing_is_left_when_ray_does_not_start(what, many_blocks, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    config, before = many_blocks[0], own_folders()
+
+    def broken(*arguments, **options):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(ray, what, broken)
+    if what == "remote":
+        monkeypatch.setattr(ray, "init", lambda **options: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(RuntimeError, match=r"^no$"):
+        extract(replace(config, out=str(tmp_path / "run"), workers=2))
+    assert not list((tmp_path / "run/headwater/tmp").iterdir()) and own_folders() <= before
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_the_folder_of_a_dead_process_is_deleted_and_that_of_a_living_one_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(ray_pool, "OWN_FOLDERS", tmp_path)
+    (tmp_path / "hw-ray-dead").mkdir()
+    (tmp_path / "hw-ray-dead/lock").touch()
+    with ray_pool._own_folder() as first:
+        with ray_pool._own_folder() as second:
+            assert set(tmp_path.iterdir()) == {first, second}
+        assert set(tmp_path.iterdir()) == {first}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_of_every_block_ends_the_run(many_blocks):
+    config, _ = many_blocks
+    run = Path(config.out)
+    pool = RayPool(config, run, read_manifest(run), load_checkpoint(config.model))
+    with pytest.raises(ray_pool.BlocksFailed, match="30 attempts in a row failed"):
+        for attempt in range(ray_pool.FAILURES_IN_A_ROW):
+            pool._note_failure(attempt, "no", ray_pool.deque())
+            pool._check_hope()
