@@ -24,6 +24,7 @@ from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
 TAU, Q_VALUE, MASS = -0.3, 0.01, 0.1
+TAU_AT = PAIR_QUANTITIES.index("tau")
 N_SEQUENCES, N_QUERIES, N_KEYS = 128, 32, 128
 CONVENTIONS = (
     "Means over sampled rows: `sequences` as evenly spaced pairs of neighbours, `queries` evenly spaced positions. "
@@ -97,10 +98,11 @@ class Heads(Reducer):
                 keys = [rest_keys(int(start[r]), int(self.queries[r]), self.n_keys) for r in np.flatnonzero(chosen)]
                 figures = pair_figures(p_RNK[chosen], other[chosen], keys)
                 there = ~np.isnan(figures)
+                there[:TAU_AT] = True
                 total, n = np.where(there, figures, 0).sum(1), there.sum(1)
                 state["total"][null, :, at] += total
                 state["n"][null, :, at] += n
-                sums[null] += total[3], n[3]
+                sums[null] += total[TAU_AT], n[TAU_AT]
         both = (sums[:, 1] > 0).all(0)
         means = sums[:, 0] / np.maximum(sums[:, 1], 1)
         difference = np.where(both, means[0] - means[1], 0)
@@ -229,10 +231,10 @@ def _dataset(run: Run, leads: list[int], state: State, analysis: Analysis) -> An
     variables |= {
         "p": (dims, p),
         "q": (dims, q),
-        "inverted": (dims, (means[0, 3] <= TAU) & (q < Q_VALUE) & heavy),
+        "inverted": (dims, (means[0, TAU_AT] <= TAU) & (q < Q_VALUE) & heavy),
         "non_sink_mass": (dims[:2], mass),
         "n_rows": (("layer",), state["n_row"].astype(np.int64)),
-        "n_tau": (dims, state["n"][0, 3].astype(np.int64)),
+        "n_tau": (dims, state["n"][0, TAU_AT].astype(np.int64)),
     }
     coords = coordinates(run, "pattern", leads)
     coords["other_head"] = coords["head"]

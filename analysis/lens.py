@@ -21,8 +21,8 @@ CONVENTIONS = (
     "The residual stream at a depth goes through ln_f and W_U (nostalgebraist 2020); at the last depth this is the "
     "model's output. Means over the sampled positions: `positions` evenly spaced ones of every row, those that are "
     "real and have a next token. kl: KL(final ‖ depth), nats; top1_agreement: the most likely token is the final "
-    "one's; top_k_agreement: share of the final k most likely tokens among the k of the depth; entropy and loss (−ln p of "
-    "the next token), nats; target_rank: number of tokens more likely than the next one; target_reciprocal_rank: "
+    "one's; top_k_agreement: share of the final k most likely tokens among the k of the depth; entropy and loss (−ln p "
+    "of the next token), nats; target_rank: number of tokens more likely than the next one; target_reciprocal_rank: "
     "1/(rank + 1). position_set without_first: a row's first visible key is left out."
 )
 

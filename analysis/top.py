@@ -17,7 +17,7 @@ from headwater.store.reader import Run
 CONVENTIONS = (
     "The largest values (sign 1) or the smallest (sign −1) of every unit over all real stored positions; of equal ones "
     "the earlier sequence, then the earlier position. value −inf and sequence −1 where there are fewer positions. "
-    "token: that of the position. context: the tokens around it, −1 outside its document or row; the position itself is at "
+    "token: that of the position. context: the tokens around it, −1 outside its document or row; it is itself at "
     "offset 0."
 )
 

@@ -87,13 +87,10 @@ def peak_memory(model: Path, ids: Path, out: Path, sites: tuple[str, ...], n: in
     ]
     command = [sys.executable, "-m", "headwater.cli"]
     plan = subprocess.run([*command, "plan", *flags, "--json"], check=True, capture_output=True, text=True).stdout
-    code = (
-        "import resource, sys; from headwater.cli import main; assert main(sys.argv[1:]) == 0; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
+    code = "import sys; from headwater.benchmarks.measure import peak_bytes; from headwater.cli import main; "
+    code += "assert main(sys.argv[1:]) == 0; print(peak_bytes())"
     done = subprocess.run([sys.executable, "-c", code, "extract", *flags], check=True, capture_output=True, text=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(done.stdout.split()[-1]) * unit, int(json.loads(plan)["host_bytes"])
+    return int(done.stdout.split()[-1]), int(json.loads(plan)["host_bytes"])
 
 
 def run(size: str, seq_len: int, n: int, rounds: int, folder: Path) -> list[dict[str, Any]]:

@@ -44,6 +44,17 @@ def gemm_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.fl
     return 2 * rows * inner * columns / best
 
 
+def peak_bytes() -> int:
+    """Return the peak resident memory of this process; its parent's, which getrusage passes on, does not count."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def machine() -> dict[str, str]:
     """Name the machine and the software, for results files."""
     name = platform.processor() or platform.machine()

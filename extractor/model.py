@@ -27,6 +27,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LOGIT_ROWS = 512
 SHARE, GRAIN = 64, 1 << 15
+SLICE = 384
 
 
 def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -144,7 +145,7 @@ class Model:
             for first in range(0, length, LOGIT_ROWS):
                 part = slice(first, min(first + LOGIT_ROWS, length))
                 logits = rows[: part.stop - first]
-                torch.mm(normed[i, part], self._head.T, out=logits)
+                _multiply(normed[i, part], self._head.T, None, logits)
                 exact = logits.to(self.stream)
                 if "loss" in outputs:
                     loss[i, part] = _next_token_loss(exact, batch.targets[i, part])
@@ -166,7 +167,7 @@ class Model:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
         shape = (*x.shape[:-1], weight.shape[1])
         out = self.workspace.get(buffer, (_round_up(math.prod(shape)),), self.compute)[: math.prod(shape)].view(shape)
-        torch.addmm(bias.to(self.compute), x.view(-1, x.shape[-1]), weight, out=out.view(-1, weight.shape[1]))
+        _multiply(x.view(-1, x.shape[-1]), weight, bias.to(self.compute), out.view(-1, weight.shape[1]))
         return out
 
     def _add(self, x: torch.Tensor, part: torch.Tensor, name: str, tap: Tap, site: str, layer: int) -> None:
@@ -230,6 +231,22 @@ class Model:
         if tap.wants("mlp_post", layer):
             tap.take("mlp_post", layer, neurons)
         return neurons
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Write x W + b to `out`, so that no bit depends on threads or batch.
+
+    oneDNN cuts wide bf16 products by the number of threads and rows where the processor has AMX, but not up to SLICE.
+    """
+    width = x.shape[1]
+    n_slices = -(-width // SLICE) if x.dtype == torch.bfloat16 else 1
+    step = -(-width // (32 * n_slices)) * 32
+    if bias is None:
+        torch.mm(x[:, :step], weight[:step], out=out)
+    else:
+        torch.addmm(bias, x[:, :step], weight[:step], out=out)
+    for first in range(step, width, step):
+        out.addmm_(x[:, first : first + step], weight[first : first + step])
 
 
 def _round_up(n: int) -> int:

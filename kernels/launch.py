@@ -1,7 +1,9 @@
 """Which block sizes a kernel runs with: a pinned table by device, kernel, head size and type; no tuning at run time.
 
-The rows were chosen by what the compiler reports (`python -m headwater.benchmarks.aot --choose`): the largest blocks
-that do not spill and leave room for two of them on a multiprocessor. No row has been timed: not measured yet.
+The rows follow what the compiler reports, not the clock: `python -m headwater.benchmarks.aot --choose` proposes the
+largest blocks that don't spill and fit a multiprocessor twice. sm_80, sm_90 and the pattern rows of sm_100 began so and
+were corrected by hand where the whole sweep found a spill; the other rows of sm_100 copy sm_90, those of gfx942 copy
+sm_80 with one stage. benchmarks/results/kernels_aot.csv says what every row compiles to. Speed: not measured yet.
 """
 
 from __future__ import annotations

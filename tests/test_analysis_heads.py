@@ -145,6 +145,9 @@ def test_an_inverted_pair_is_found_and_an_independent_head_is_not(analysis_run, 
     np.testing.assert_allclose(got.tau[0, 0, 1], -1, 1e-12)
     assert abs(got.tau[0, 0, 2]) < 0.3 and got.q[0, 0, 2] > 0.05
     assert np.abs(got.tau_null[0]).max() < 0.3
+    pattern[4, 2, 20, 3] = np.nan
+    with pytest.raises(ValueError, match="hold NaN or infinite values in sequences 4 to 5"):
+        heads(run, layers=[1], n_queries=40)
 
 
 def test_bad_requests_say_what_is_wrong(analysis_run, tmp_path):

@@ -48,7 +48,7 @@ def test_a_power_loss():
 
 
 @pytest.mark.parametrize(
-    ("flaw", "arguments"), [("not synced", ["--power", "--stride", "400"]), ("complete too early", ["--stride", "101"])]
+    ("flaw", "arguments"), [("not synced", ["--power", "--stride", "400"]), ("complete too early", ["--stride", "17"])]
 )
 def test_the_trials_would_find_a_flaw(flaw, arguments):
     code, counts, said = trials(flaw, *arguments, start=("-c", FLAWED))
