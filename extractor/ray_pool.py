@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +42,11 @@ JOIN_SECONDS = 20
 TICK_SECONDS = 1.0
 STORE_BYTES = 80 << 20
 OWN_FOLDERS = Path("/tmp")  # not TMPDIR: the names of Ray's sockets must stay short
+OWN_VARIABLES = {  # Ray asks clouds' metadata servers where it is, even with statistics off: send it nowhere
+    "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1",
+    "NO_PROXY": "localhost,127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_gcs_server_request_timeout_seconds": "5",  # agents that outlive a killed driver wait so long
+}  # fmt: skip
 OWN_SETTINGS = {"worker_niceness": 0}  # Ray's default starves its workers on a busy machine
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Notify = Callable[[str], None]
@@ -328,8 +334,11 @@ def _start(ray: Any, address: str | None, n_workers: int, stack: ExitStack) -> N
     if address is None:
         folder = stack.enter_context(_own_folder())
         stack.callback(ray.shutdown)  # before the folder goes
-        ray.init(num_cpus=n_workers, num_gpus=0, include_dashboard=False, object_store_memory=STORE_BYTES,
-                 _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS, **quiet)  # fmt: skip
+        stack.enter_context(_loopback())
+        with _variables(OWN_VARIABLES):
+            ray.init(num_cpus=n_workers, num_gpus=0, include_dashboard=False, object_store_memory=STORE_BYTES,
+                     _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS,
+                     **quiet)  # fmt: skip
         return
     stack.callback(ray.shutdown)
     host, _, port = address.rpartition(":")
@@ -360,20 +369,64 @@ def _kept_handlers() -> Iterator[None]:
 
 
 @contextmanager
+def _loopback() -> Iterator[None]:
+    """Let Ray listen on 127.0.0.1 as it does on macOS; on Linux it replaces that address by one that others reach."""
+    constants, name = sys.modules.get("ray._private.ray_constants"), "ENABLE_RAY_CLUSTER"
+    if constants is None or not hasattr(constants, name):
+        yield
+        return
+    before = getattr(constants, name)
+    setattr(constants, name, False)
+    try:
+        yield
+    finally:
+        setattr(constants, name, before)
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for a while, for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
 def _own_folder() -> Iterator[Path]:
     """Make a folder for a Ray of our own, under a lock that dies with us; delete it, and those of dead processes."""
     for lock in OWN_FOLDERS.glob("hw-ray-*/lock"):
         with suppress(OSError), open(lock) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
+            _delete(lock.parent)
     folder = Path(tempfile.mkdtemp(prefix="hw-ray-", dir=OWN_FOLDERS))
-    try:
-        with open(folder / "new", "w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            os.replace(folder / "new", folder / "lock")
+    with open(folder / "new", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.replace(folder / "new", folder / "lock")
+        try:
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, the lock last: processes that are just ending may still write, then the next run deletes it."""
+    for _ in range(50):
+        items = [item for item in folder.iterdir() if item.name != "lock"]
+        if not items:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for item in items:
+            shutil.rmtree(item, ignore_errors=True)
+            with suppress(OSError):
+                item.unlink()
+        time.sleep(0.05)
 
 
 def _last_line(error: object) -> str:

@@ -211,7 +211,8 @@ def _on_ray(
 
 def _finished(manifest: Manifest, run: Path) -> bool:
     """Say whether every block is committed; raise LedgerError for an entry that cannot be trusted."""
-    return {entry.block for entry in Ledger(run, manifest.fingerprint).entries()} >= set(range(manifest.n_blocks))
+    ledger, blocks = Ledger(run, manifest.fingerprint), set(range(manifest.n_blocks))
+    return ledger.committed().keys() >= blocks and {entry.block for entry in ledger.entries()} >= blocks
 
 
 def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Path) -> None:

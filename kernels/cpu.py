@@ -7,9 +7,12 @@ touched. Scores, softmax and statistics have the dtype of q, k and v: float32, o
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from headwater.kernels.mask import RowBlock
@@ -18,6 +21,7 @@ from headwater.kernels.workspace import Workspace
 ROW_STATISTICS = ("attn_entropy", "attn_max", "attn_argmax", "attn_sink", "attn_distance", "attn_self", "attn_prev")
 STATISTICS = (*ROW_STATISTICS, "attn_received")
 PEAK_STATISTICS = {"attn_entropy", "attn_max", "attn_argmax"}
+LOWEST = -1e30
 OnRows = Callable[[int, RowBlock, torch.Tensor], None]
 
 
@@ -69,56 +73,84 @@ def _attend_rows(
     n_rows, n_keys = block.last - block.first, block.last - block.key
     rows, keys = slice(block.first, block.last), slice(block.key, block.last)
     q = q_NTH[:, rows]
+    peaks = bool(wanted.keys() & PEAK_STATISTICS)
     pattern = workspace.get("pattern", (n_head, n_rows, n_keys), q.dtype)
-    torch.baddbmm(pattern, q, k_NTH[:, keys].transpose(1, 2), beta=0, alpha=scale, out=pattern)
+    scores = workspace.get("scores", (n_head, n_rows, n_keys), q.dtype) if peaks else pattern
+    torch.baddbmm(scores, q, k_NTH[:, keys].transpose(1, 2), beta=0, alpha=scale, out=scores)
     if block.hidden is None:
-        pattern[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype))
+        scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype))
     else:
-        pattern.add_(block.hidden)
+        scores.add_(block.hidden)
     if on_scores is not None:
-        on_scores(b, block, pattern)
-    peak = _largest(pattern) if wanted.keys() & PEAK_STATISTICS else None
-    torch.softmax(pattern, -1, out=pattern)
+        on_scores(b, block, scores)
+    torch.softmax(scores, -1, out=pattern)
     if block.empty is not None:
         pattern[:, block.empty] = 0
     values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
     torch.bmm(pattern, v_NTH[:, keys], out=values)
     z_BTNH[b, rows] = values.transpose(0, 1)
-    if "attn_entropy" in wanted:
-        torch.bmm(pattern, k_NTH[:, keys], out=values)
+    if peaks:
+        _fill_peaks(b, block, scores, pattern, wanted)
     if wanted:
-        _fill_statistics(b, block, pattern, values, q, peak, scale, row_start_T, wanted)
+        _fill_statistics(b, block, pattern, row_start_T, wanted)
     if on_pattern is not None:
         on_pattern(b, block, pattern)
 
 
-def _fill_statistics(
-    b: int,
-    block: RowBlock,
-    pattern_NQK: torch.Tensor,
-    mean_key_NQH: torch.Tensor,
-    q_NQH: torch.Tensor,
-    peak: tuple[torch.Tensor, torch.Tensor] | None,
-    scale: float,
-    row_start_T: torch.Tensor,
-    wanted: dict[str, torch.Tensor],
+def _fill_peaks(
+    b: int, block: RowBlock, scores_NQK: torch.Tensor, pattern_NQK: torch.Tensor, wanted: dict[str, torch.Tensor]
 ) -> None:
-    """Reduce one row block of probabilities; `peak` is each row's largest score and its place.
+    """Find each row's largest probability, its key, and its entropy; `scores_NQK` is used up.
 
-    Entropy needs no logarithm of the pattern: H = max s − ln max p − Σ p s, and Σ_j p_j s_j = scale · q · (P K).
+    Entropy needs no logarithm of the pattern: H = max s − ln max p − Σ p s. numpy's argmax and vecdot vectorise where
+    torch's do not; the heads are shared among as many threads as torch has.
     """
+    n_head, n_rows, _ = scores_NQK.shape
+    (scores_NQK if block.hidden is not None else scores_NQK[:, :, -n_rows:]).clamp_(min=LOWEST)
+    place = torch.empty(n_head, n_rows, dtype=torch.int64)
+    mean_score = torch.empty(n_head, n_rows, dtype=scores_NQK.dtype)
+    scores, pattern, places, means = (x.numpy() for x in (scores_NQK, pattern_NQK, place, mean_score))
+
+    def reduce(heads: slice) -> None:
+        np.argmax(scores[heads], -1, out=places[heads])
+        if "attn_entropy" in wanted:
+            np.vecdot(pattern[heads], scores[heads], out=means[heads])
+
+    _share(reduce, n_head)
+    rows = slice(block.first, block.last)
+    largest = pattern_NQK.gather(2, place[..., None])[..., 0]
+    if "attn_argmax" in wanted:
+        wanted["attn_argmax"][b, :, rows] = place + block.key
+    if "attn_max" in wanted:
+        wanted["attn_max"][b, :, rows] = largest
+    if "attn_entropy" in wanted:
+        score = scores_NQK.gather(2, place[..., None])[..., 0]
+        wanted["attn_entropy"][b, :, rows] = (score - largest.log() - mean_score).clamp_(min=0)
+
+
+def _share(function: Callable[[slice], None], n: int) -> None:
+    """Call a function on slices of range(n), in parallel on torch's number of threads."""
+    n_threads = min(torch.get_num_threads(), n)
+    if n_threads == 1:
+        function(slice(0, n))
+        return
+    bounds = [n * i // n_threads for i in range(n_threads + 1)]
+    for done in _threads(n_threads, os.getpid()).map(function, map(slice, bounds[:-1], bounds[1:])):
+        assert done is None
+
+
+@lru_cache(maxsize=2)
+def _threads(n: int, process: int) -> ThreadPoolExecutor:
+    """Return a pool of n threads; one per process, for a fork has the object but not its threads."""
+    return ThreadPoolExecutor(n, thread_name_prefix=f"headwater-{process}")
+
+
+def _fill_statistics(
+    b: int, block: RowBlock, pattern_NQK: torch.Tensor, row_start_T: torch.Tensor, wanted: dict[str, torch.Tensor]
+) -> None:
+    """Reduce one row block of probabilities to mean distance, point masses and column sums."""
     rows, n_keys = slice(block.first, block.last), pattern_NQK.shape[2]
     query = torch.arange(block.first, block.last)
-    if peak is not None:
-        score, place = peak
-        largest = pattern_NQK.gather(2, place[..., None])[..., 0]
-        if "attn_argmax" in wanted:
-            wanted["attn_argmax"][b, :, rows] = place + block.key
-        if "attn_max" in wanted:
-            wanted["attn_max"][b, :, rows] = largest
-        if "attn_entropy" in wanted:
-            mean_score = mean_key_NQH.mul_(q_NQH).sum(-1) * scale
-            wanted["attn_entropy"][b, :, rows] = (score - largest.log() - mean_score).clamp_(min=0)
     if "attn_distance" in wanted:
         back = torch.arange(n_keys, 0, -1, dtype=pattern_NQK.dtype)[:, None]
         mean_back = torch.mm(pattern_NQK.view(-1, n_keys), back).view(pattern_NQK.shape[:2])
@@ -151,24 +183,6 @@ def _fill_points(
         place = (points[name] - block.key).clamp_(-1, pattern_NQK.shape[2] - 1)
         picked = pattern_NQK.gather(2, place.clamp(min=0).expand(pattern_NQK.shape[0], -1)[..., None])[..., 0]
         wanted[name][b, :, rows] = picked.masked_fill_(place < 0, 0)
-
-
-def _largest(scores_NQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each row's largest value and its first place, in two steps of maxima that vectorise (unlike torch.max)."""
-    n_head, n_rows, n_keys = scores_NQK.shape
-    width = next((w for w in (32, 16) if n_keys % w == 0), n_keys)
-    groups = scores_NQK.view(n_head, n_rows, n_keys // width, width)
-    maxima = groups.amax(-1)
-    largest = maxima.amax(-1, keepdim=True)
-    group = _first_equal(maxima, largest)
-    members = groups.gather(2, group[..., None].expand(-1, -1, 1, width))[:, :, 0]
-    return largest[..., 0], (group * width + _first_equal(members, largest))[..., 0]
-
-
-def _first_equal(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    n = values.shape[-1]
-    countdown = torch.arange(n, 0, -1, dtype=torch.float32)
-    return n - torch.where(values == wanted, countdown, 0.0).amax(-1, keepdim=True).long()
 
 
 @lru_cache

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 
 from headwater.benchmarks.faults import contents
 from headwater.extractor import ray_pool
-from headwater.extractor.ray_pool import OWN_FOLDERS, RayPool
+from headwater.extractor.ray_pool import RayPool
 from headwater.extractor.run import extract
 from headwater.extractor.weights import load_checkpoint
 from headwater.store.manifest import read_manifest
@@ -33,15 +33,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 class Driver:
-    """A real `headwater extract --workers 2`; its descendants are known by a mark in their environment."""
+    """A real `headwater extract --workers 2`; what it starts is known by open files in the folder of its Ray."""
 
     def __init__(self, config, out, command=("-m", "headwater.cli")):
-        self.mark, self.ledger = uuid.uuid4().hex, Path(out) / "headwater/ledger"
+        self.ledger = Path(out) / "headwater/ledger"
         flags = ["--model", config.model, "--tokens", config.tokens, "--preset", "all", "--block", "2"]
         before = [] if command[0] == "-m" else ["unshare", "--net"]
         self.process = subprocess.Popen(
             [*before, sys.executable, *command, "extract", *flags, "--out", out, "--threads", "1", "--workers", "2"],
-            env=os.environ | {"MARK": self.mark, "OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def wait_for(self, n_blocks):
@@ -50,33 +50,34 @@ class Driver:
             assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
             time.sleep(0.005)
 
-    def alive(self):
-        """The processes that it has started and that still run."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if f"MARK={self.mark}".encode() in path.read_bytes():
-                    found.append((path.parent / "cmdline").read_bytes()[:80])
-            except OSError:
-                continue
-        return found
-
-    def check_gone(self):
-        end = time.monotonic() + 30
-        while alive := self.alive():
-            assert time.monotonic() < end, alive
-            time.sleep(0.05)
+    def folder(self):
+        """The folder of its Ray, whose lock it holds."""
+        (lock,) = (name for name in open_files(self.process.pid) if re.fullmatch(r"/tmp/hw-ray-\w+/lock", name))
+        return Path(lock).parent
 
 
-def own_folders():
-    return {path.parent for path in OWN_FOLDERS.glob("hw-ray-*/lock")}
+def open_files(pid):
+    try:
+        return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
+        return []
+
+
+def check_gone(folder):
+    """Wait until no process has a file open there; there must have been some, and the folder must go."""
+    end = time.monotonic() + 40
+    while alive := [p for p in os.listdir("/proc") if p.isdecimal()
+                    and any(name.startswith(f"{folder}/session") for name in open_files(p))]:
+        assert time.monotonic() < end, [Path("/proc", pid, "cmdline").read_bytes() for pid in alive]
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_leaves_nothing_but_finished_blocks(number, many_blocks, tmp_path):
     config, expected = many_blocks
-    driver, before = Driver(config, tmp_path / "run"), own_folders()
+    driver = Driver(config, tmp_path / "run")
     driver.wait_for(2)
+    folder = driver.folder()
     if number == signal.SIGINT:
         os.killpg(driver.process.pid, number)  # as a terminal does
     else:
@@ -84,8 +85,8 @@ def test_stopping_leaves_nothing_but_finished_blocks(number, many_blocks, tmp_pa
     out, err = driver.process.communicate(timeout=60)
     assert (driver.process.returncode, out) == (130, ""), err
     assert "blocks are kept" in err.splitlines()[-1] and "Traceback" not in err, err
-    driver.check_gone()
-    assert own_folders() <= before and not list((tmp_path / "run/headwater/tmp").glob("weights-*"))
+    check_gone(folder)
+    assert not folder.exists() and not list((tmp_path / "run/headwater/tmp").glob("weights-*"))
     done = len(open_run(tmp_path / "run").ledger.committed())
     assert 2 <= done < 16 and not verify(open_run(tmp_path / "run")).problems
     run = extract(replace(config, out=str(tmp_path / "run")))
@@ -94,27 +95,42 @@ def test_stopping_leaves_nothing_but_finished_blocks(number, many_blocks, tmp_pa
 
 def test_a_killed_driver_leaves_no_process_and_the_next_one_needs_no_network(many_blocks, tmp_path):
     config, expected = many_blocks
-    driver, before = Driver(config, tmp_path / "run"), own_folders()
+    driver = Driver(config, tmp_path / "run")
     driver.wait_for(2)
+    folder = driver.folder()
     driver.process.kill()
     driver.process.communicate()
-    assert own_folders() - before, "it had a folder"
+    assert folder.exists()
     offline = subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
     rerun = Driver(config, tmp_path / "run", ("-c", OFFLINE) if offline else ("-m", "headwater.cli"))
     _, err = rerun.process.communicate(timeout=180)
     assert rerun.process.returncode == 0, err
-    assert re.search(r"16 blocks, \d+ done already", err) and re.search(r"16/16 blocks .* 2 workers", err), err
-    driver.check_gone(), rerun.check_gone()
-    assert own_folders() <= before
+    assert re.search(r"16 blocks, \d+ done already", err) and re.search(r"16/16 blocks .* [012] worker", err), err
+    check_gone(folder)
     run = open_run(tmp_path / "run")
     assert contents(run.path) == expected and not verify(run).problems
     assert not list((run.path / "headwater/tmp").iterdir())
+    with suppress(OSError), ray_pool._own_folder():
+        assert not folder.exists()  # the next run deletes it
+
+
+def test_ray_is_sent_nowhere(many_blocks, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    seen, before = {}, dict(os.environ)
+    monkeypatch.setattr(ray, "init", lambda **options: (seen.update(options, **os.environ), 1 / 0))
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    with pytest.raises(ZeroDivisionError):
+        extract(replace(many_blocks[0], out=str(tmp_path / "run"), workers=2))
+    assert seen["RAY_USAGE_STATS_ENABLED"] == "0" and seen["http_proxy"] == seen["HTTP_PROXY"] == "http://127.0.0.1:9"
+    assert seen["_node_ip_address"] == "127.0.0.1" and not seen["include_dashboard"]
+    assert os.environ.get("http_proxy") == before.get("http_proxy")
 
 
 @pytest.mark.parametrize("what", ["init", "remote"])
 def test_nothing_is_left_when_ray_does_not_start(what, many_blocks, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    config, before = many_blocks[0], own_folders()
+    config = many_blocks[0]
+    monkeypatch.setattr(ray_pool, "OWN_FOLDERS", tmp_path)
 
     def broken(*arguments, **options):
         raise RuntimeError("no")
@@ -125,7 +141,7 @@ def test_nothing_is_left_when_ray_does_not_start(what, many_blocks, tmp_path, mo
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError, match=r"^no$"):
         extract(replace(config, out=str(tmp_path / "run"), workers=2))
-    assert not list((tmp_path / "run/headwater/tmp").iterdir()) and own_folders() <= before
+    assert not list((tmp_path / "run/headwater/tmp").iterdir()) and not list(tmp_path.glob("hw-ray-*"))
     assert signal.getsignal(signal.SIGTERM) is handler
 
 

@@ -16,7 +16,7 @@ import headwater
 from headwater.extractor.run import extract
 
 CASES = {
-    "short": {"length": 20, "codec": "none", "dtype": "float16"},
+    "one tile": {"length": 64, "codec": "none", "dtype": "float16"},
     "ragged tiles": {"length": 300, "codec": "none,pattern=zstd-1", "dtype": "float32,pattern=float16"},
     "big tiles": {"length": 512, "codec": "zstd-3,resid=none", "dtype": "float16"},
 }
