@@ -45,7 +45,6 @@ OWN_FOLDERS = Path("/tmp")  # not TMPDIR: the names of Ray's sockets must stay s
 OWN_VARIABLES = {  # Ray asks clouds' metadata servers where it is, even with statistics off: send it nowhere
     "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9", "no_proxy": "localhost,127.0.0.1",
     "NO_PROXY": "localhost,127.0.0.1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_gcs_server_request_timeout_seconds": "5",  # agents that outlive a killed driver wait so long
 }  # fmt: skip
 OWN_SETTINGS = {"worker_niceness": 0}  # Ray's default starves its workers on a busy machine
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -304,7 +303,7 @@ class RayPool:
             self._ray.kill(seat.actor)
 
     def _dismiss_all(self) -> None:
-        for seat in self._seats:
+        for seat in self._seats if not self._local else ():  # a Ray of our own ends with all that it started
             self._dismiss(seat)
 
     def _sequences(self, block: int) -> str:

@@ -97,7 +97,7 @@ def ask(home, endpoint, wishes, **settings):
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", **settings}
     command = [sys.executable, "-c", CLIENT, json.dumps(wishes)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-    return lambda: json.loads(process.communicate(timeout=60)[0].splitlines()[-1])
+    return lambda: json.loads(process.communicate(timeout=300)[0].splitlines()[-1])
 
 
 def test_hub_id_from_server_then_cache_then_clear_errors(tmp_path):
