@@ -6,12 +6,15 @@ import argparse
 import difflib
 import re
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 import headwater
 from headwater import commands
 
-NAMES = ("extract", "plan", "status", "verify", "info", "sites")
+# Each area has its arguments in a module with NAMES and add_commands(group, make): (module, …).
+AREAS: tuple[ModuleType, ...] = ()
+NAMES = ("extract", "plan", "status", "verify", "info", "sites", *(name for area in AREAS for name in area.NAMES))
 SELECTIONS = ("--layers", "--depths", "--heads", "--positions")
 START = """start here:
   headwater extract --model demo --text README.md --out run --preset all
@@ -118,6 +121,8 @@ def make_parser() -> Parser:
         "--sites takes too."
     )
     sites.add_argument("--model", metavar="M", help="show the sizes that the dimensions have for this model")
+    for area in AREAS:
+        area.add_commands(group, _command)
     return parser
 
 

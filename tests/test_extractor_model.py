@@ -146,3 +146,26 @@ def test_a_run_on_disk_holds_what_memory_holds(oracle, tmp_path, length, layout)
         np.testing.assert_array_equal(run[spec.name][...], want[spec.name], spec.name)
         np.testing.assert_array_equal(root[spec.name][...], want[spec.name], spec.name)
         assert root[spec.name].metadata.dimension_names == spec.dims
+
+
+@pytest.mark.parametrize("selection", [
+    {"sites": "q,attn_entropy", "layers": "0"},
+    {"sites": "mlp_out", "layers": "1"},
+    {"sites": "resid", "depths": "0"},
+    {"sites": "resid,z", "depths": "2", "layers": "0", "heads": "2,0", "positions": "last"},
+    {"sites": "resid_cosine,pattern", "depths": "1", "layers": "1", "heads": "1"},
+    {"sites": "loss"},
+])  # fmt: skip
+def test_a_run_of_a_few_layers(oracle, tmp_path, selection):
+    """Layers behind the last one that is asked for are not computed."""
+    model = oracle.gpt2(n_layer=3, n_head=3, n_embd=12)
+    model.save_pretrained(tmp_path / "model")
+    tokens, row_start = oracle.rows(3, 20, "left")
+    np.save(tmp_path / "ids.npy", tokens)
+    run = headwater.extract(headwater.RunConfig(
+        out=tmp_path / "run", model=str(tmp_path / "model"), tokens=str(tmp_path / "ids.npy"), dtype="float32", block=2,
+        **selection))
+    plan, want = oracle.capture(model, tokens, row_start, **selection)
+    assert run.sites == tuple(spec.name for spec in plan.arrays)
+    for spec in plan.arrays:
+        np.testing.assert_array_equal(run[spec.name][...], want[spec.name], spec.name)
