@@ -32,7 +32,7 @@ class Checkpoint:
         self.folder, self.seconds = folder / key, seconds
         self._saved = time.perf_counter()
 
-    def load(self, at: int) -> Nodes:
+    def load(self, at: str) -> Nodes:
         """Return the nodes of a pass that are kept; none where there is no readable file."""
         nodes: Nodes = {}
         try:
@@ -50,7 +50,7 @@ class Checkpoint:
             return {}
         return nodes
 
-    def save(self, at: int, nodes: Nodes, now: bool = False) -> None:
+    def save(self, at: str, nodes: Nodes, now: bool = False) -> None:
         """Keep the nodes of a pass, unless that was done less than `seconds` ago."""
         if not now and time.perf_counter() - self._saved < self.seconds:
             return
@@ -74,5 +74,5 @@ class Checkpoint:
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()
 
-    def _path(self, at: int) -> Path:
+    def _path(self, at: str) -> Path:
         return self.folder / f"pass{at}.npz"

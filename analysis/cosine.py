@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.analysis.cka import cka_analysis
+from headwater.analysis.cka import STATE_BYTES, cka_analysis
 from headwater.analysis.cosine_passes import LARGE, Centres, Pairs
 from headwater.analysis.engine import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
 from headwater.analysis.reducer import State, need_sites
@@ -74,7 +74,9 @@ def cosine(
     import xarray
 
     run = as_run(run)
-    wanted = [cosine_analysis(run, outliers)] + ([cka_analysis(run, cka)] if cka is not None else [])
+    wanted = [cosine_analysis(run, outliers)]
+    if cka is not None:
+        wanted.append(cka_analysis(run, cka, state_bytes=scan.state_bytes(run, STATE_BYTES)))
     results = analyse(run, wanted, scan)
     return xarray.merge(results, combine_attrs="override", join="outer", compat="override") if cka else results[0]
 

@@ -19,7 +19,7 @@ from headwater.analysis.checkpoint import Checkpoint, Nodes
 from headwater.analysis.pools import Pool, make_pool
 from headwater.analysis.reducer import Reducer, State, need_sites
 from headwater.analysis.results import analysis_path
-from headwater.analysis.work import Work, projected_bytes
+from headwater.analysis.work import BASE_BYTES, Work, projected_bytes, waiting_states
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run, open_run
 
@@ -52,6 +52,12 @@ class Scan:
     keep_seconds: float | None = None
     observe: Callable[[ScanProgress], None] | None = None
 
+    def state_bytes(self, run: Run, most: int) -> int:
+        """Return how many bytes one state may have: `most`, or less where the limit of memory asks for it."""
+        if self.memory is None:
+            return most
+        return max(min(most, (self.memory - BASE_BYTES) // 2 // waiting_states(run, self.workers)), 1)
+
 
 ONE_BY_ONE = Scan()
 
@@ -77,7 +83,7 @@ def as_run(run: Run | str | Path) -> Run:
 def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> list[Any]:
     """Run analyses side by side, pass by pass, and return what each of them returns.
 
-    The n-th passes of all analyses share one read of the run.
+    The n-th passes of all analyses share one read of the run, or as many reads as the limit of memory asks for.
     """
     passes = max((a.passes for a in analyses), default=0)
     kept = _checkpoint(run, analyses, scan)
@@ -85,7 +91,7 @@ def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> 
     results: list[Any] = [None] * len(analyses)
     wanted = {i: list(next(steps)) for i, _, steps in running}
     for at in range(passes):
-        reduced = iter(reduce_run(run, [r for rs in wanted.values() for r in rs], scan, at + 1, passes, kept))
+        reduced = iter(_read(run, [r for rs in wanted.values() for r in rs], scan, at + 1, passes, kept))
         answers = {i: [next(reduced) for _ in rs] for i, rs in wanted.items()}
         wanted = {}
         for i, analysis, steps in running:
@@ -100,6 +106,23 @@ def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> 
     if kept is not None:
         kept.clear()
     return results
+
+
+def _read(
+    run: Run, reducers: Sequence[Reducer], scan: Scan, at: int, passes: int, kept: Checkpoint | None
+) -> list[Any]:
+    """Reduce in as few reads as `scan.memory` allows."""
+    groups: list[list[Reducer]] = []
+    n_workers = make_pool(scan.pool, scan.workers).n_workers
+    for reducer in reducers:
+        joined = [*groups[-1], reducer] if groups else [reducer]
+        if scan.memory is not None and len(joined) > 1 and projected_bytes(run, joined, n_workers) > scan.memory:
+            joined = [reducer]
+        groups[-1:] = [joined] if len(joined) > 1 else [*groups[-1:], joined]
+    found: list[Any] = []
+    for i, group in enumerate(groups):
+        found += reduce_run(run, group, scan, at, passes, kept, f".{i}" if len(groups) > 1 else "")
+    return found
 
 
 def _checkpoint(run: Run, analyses: Sequence[Analysis], scan: Scan) -> Checkpoint | None:
@@ -118,6 +141,7 @@ def reduce_run(
     at: int = 1,
     passes: int = 1,
     kept: Checkpoint | None = None,
+    part: str = "",
 ) -> list[Any]:
     """Read a run once for several reducers; return each one's final result.
 
@@ -135,7 +159,7 @@ def reduce_run(
             "Use fewer workers, fewer layers or depths, or a higher limit."
         )
     tree = Tree(run.manifest.n_blocks, lambda a, b: [r.merge(x, y) for r, x, y in zip(reducers, a, b, strict=True)])
-    there = tree.restore(kept.load(at) if kept is not None else {})
+    there = tree.restore(kept.load(f"{at}{part}") if kept is not None else {})
     for block in set(range(run.manifest.n_blocks)) - set(blocks) - there:
         tree.put(block, None)
     rest = [block for block in blocks if block not in there]
@@ -144,7 +168,7 @@ def reduce_run(
         tree.put(block, states)
         progress.done += 1
         if kept is not None:
-            kept.save(at, tree.waiting, now=progress.done == len(blocks))
+            kept.save(f"{at}{part}", tree.waiting, now=progress.done == len(blocks))
         if scan.observe is not None:
             scan.observe(progress)
     assert tree.root is not None

@@ -1,16 +1,22 @@
 """False sinks: positions that look like the first one to a model because one token, or one cluster, is repeated.
 
-Yona et al. 2025 (arXiv 2503.08908). No run is needed: the rows are made here and run in memory.
+Yona et al. 2025 (arXiv 2503.08908). No stored site is needed: the rows are made here and run in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from headwater.analysis.engine import as_run
+from headwater.analysis.results import provenance
+from headwater.store.reader import Run
+
 EPSILON, RATIO = 0.3, 0.5
+LENGTHS = (16, 64, 256)
 ROWS_AT_ONCE = 16
 SITES = ("attn_received", "attn_sink", "resid_norm")
 CONVENTIONS = (
@@ -26,7 +32,7 @@ CONVENTIONS = (
 def false_sinks(
     model: Any,
     tokens: Sequence[int | Sequence[int]],
-    lengths: Sequence[int] = (16, 64, 256),
+    lengths: Sequence[int] = LENGTHS,
     bos: int | None = None,
     epsilon: float = EPSILON,
     ratio: float = RATIO,
@@ -76,6 +82,45 @@ def false_sinks(
     attributes = {"analysis": "false_sinks", "conventions": CONVENTIONS, "epsilon": epsilon, "ratio": ratio}
     name = model if isinstance(model, str) else ""
     return xarray.Dataset(variables, coords, attributes | {"seed": seed, "model": name})
+
+
+def run_false_sinks(
+    run: Run | str | Path,
+    model: str | None = None,
+    lengths: Sequence[int] | None = None,
+    n_tokens: int = 8,
+    epsilon: float = EPSILON,
+    ratio: float = RATIO,
+    seed: int = 0,
+) -> Any:
+    """Measure false sinks of the most frequent tokens of a run, and of mixtures with their neighbours in W_E.
+
+    `model` is the run's model by default; ValueError if its weights are not those of the run. A mixture is a token and
+    the `n_tokens` − 1 tokens whose embeddings have the largest cosine with its own, for the two most frequent tokens.
+    """
+    from headwater.analysis.origin import load_run_model
+    from headwater.extractor.model import Model
+
+    run = as_run(run)
+    checkpoint = load_run_model(run, model)
+    ids, counts = np.unique(run.tokens[run.tokens >= 0], return_counts=True)
+    frequent = ids[np.argsort(-counts, kind="stable")][:n_tokens]
+    embedding = checkpoint.tensors["wte.weight"].double().numpy()
+    embedding = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-300)
+    clusters = [np.argsort(-(embedding @ embedding[i]), kind="stable")[:n_tokens].tolist() for i in frequent[:2]]
+    bos = checkpoint.config.bos_token_id
+    room = checkpoint.config.n_ctx - (bos is not None)
+    chosen = lengths or [n for n in LENGTHS if n < room] or [room]
+    tokens = [int(i) for i in frequent] + clusters
+    found = false_sinks(Model(checkpoint, "fp32"), tokens, chosen, bos, epsilon, ratio, seed)
+    if (run.path / "tokenizer.json").is_file():
+        from headwater.extractor.tokenizer import load_tokenizer
+
+        coder = load_tokenizer(run.path / "tokenizer.json")
+        words = [" ".join(map(repr, coder.token_strings(np.atleast_1d(entry)))) for entry in tokens]
+        found = found.assign_coords(token_text=("repeated", np.array(words, dtype=object)))
+    arguments = {"lengths": list(chosen), "tokens": tokens, "epsilon": epsilon, "ratio": ratio, "seed": seed}
+    return found.assign_attrs(provenance(run, "false_sinks", arguments, 0, CONVENTIONS))
 
 
 def _sizes(model: Any) -> tuple[int, int]:

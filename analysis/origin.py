@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from headwater.analysis.engine import as_run
-from headwater.analysis.massive import massive_dimensions
+from headwater.analysis.massive import LEVELS, massive_dimensions
 from headwater.analysis.results import provenance
 from headwater.extractor.batch import make_batch
 from headwater.extractor.model import Model
@@ -25,6 +25,7 @@ from headwater.store.reader import Run
 
 SITES = ("resid", "attn_out", "mlp_out", "z", "mlp_post")
 EXACT = 1e-10
+LARGEST, MOST_EVENTS = "largest", 8
 CONVENTIONS = (
     "Everything in float64 with raw weights, at one dimension of one position. resid[d] = token_embedding + "
     "position_embedding + Σ over layers before d of (attn_out + mlp_out); attn_out = Σ head_out + attn_bias; mlp_out = "
@@ -46,9 +47,9 @@ class Event:
 
 
 class PositionTap:
-    """Keep the last real position of every wanted site: `values[site][layer]`."""
+    """Keep one position, or several, of the first sequence at every site of SITES: `values[site][layer]`."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int | torch.Tensor) -> None:
         self.at = at
         self.values: dict[str, dict[int, torch.Tensor]] = {site: {} for site in SITES}
 
@@ -57,7 +58,7 @@ class PositionTap:
         return site in SITES
 
     def take(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Copy one position."""
+        """Copy the positions."""
         self.values[site][layer] = value[0, self.at].clone()
 
     def take_rows(self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor) -> None:
@@ -66,9 +67,17 @@ class PositionTap:
 
 
 def massive_events(run: Run, result: Any, level: str = "large") -> list[Event]:
-    """Name the largest activation of every dimension that is massive at a level, the largest dimension first."""
+    """Name the largest activation of every dimension that is massive at a level, the largest dimension first.
+
+    With the level `largest` it is the largest activation of all, massive or not.
+    """
+    if level not in (*LEVELS, LARGEST):
+        raise ValueError(f"level is {level!r}; expected one of {', '.join((*LEVELS, LARGEST))}.")
+    dimensions = massive_dimensions(result, level) if level in LEVELS else []
+    if level == LARGEST:
+        dimensions = [int(result["max_dimension"].values.ravel()[result["max_size"].values.argmax()])]
     events = []
-    for dimension in massive_dimensions(result, level):
+    for dimension in dimensions[:MOST_EVENTS]:
         one = {name: result[name].values[..., dimension] for name in ("peak", "peak_sequence", "peak_position")}
         at = np.unravel_index(np.abs(one["peak"]).argmax(), one["peak"].shape)
         sequence, place = (int(one[name][at]) for name in ("peak_sequence", "peak_position"))
@@ -81,20 +90,23 @@ def massive_origin(
     result: Any = None,
     model: str | None = None,
     events: Sequence[Event] = (),
-    level: str = "large",
+    level: str | None = None,
     n_neurons: int = 10,
 ) -> Any:
     """Split massive activations into the contributions of embeddings, heads, MLPs and neurons.
 
-    `events` are given, or are those of a `massive` result of the residual stream at a level. `model` is the run's model
-    by default; ValueError if its weights are not those of the run, or where there is no event. Only the tokens up to
-    the position are run again.
+    `events` are given, or are those of a `massive` result of the residual stream at a level: large or strict, or
+    largest, the one largest activation; by default large where there are such, else largest. At most 8 are taken.
+    `model` is the run's model by default; ValueError if its weights are not those of the run, or where there is no
+    event. Only the tokens up to the position are run again.
 
     Returns a dataset: token_embedding, position_embedding [event]; resid [event, depth]; attn_out, mlp_out, mlp_bias,
     attn_bias [event, layer]; head_out [event, layer, head]; neuron, neuron_contribution, neuron_activation,
     neuron_weight [event, layer, rank]; neuron_rest, w_out_alignment [event, layer]; w_out_sigma [layer, sigma].
     """
     run = as_run(run)
+    if level is None:
+        level = "large" if result is not None and massive_dimensions(result, "large") else LARGEST
     chosen = list(events) or ([] if result is None else massive_events(run, result, level))
     if not chosen:
         raise ValueError(f"no activation of {run.path} is massive at level {level}. Give events=, or another level.")

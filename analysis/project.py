@@ -18,6 +18,7 @@ from headwater.analysis.work import read_text
 from headwater.store.reader import Run, open_run
 
 CHUNK_BYTES = 4 << 20
+RESIDUAL = ("resid", "resid_mid", "attn_out", "mlp_out")
 CONVENTIONS = (
     "projection: (x − centre) · direction in float64, stored as float32; centre is the mean of the rows that the "
     "directions were computed from where they are centred, else 0. NaN at padding and in blocks that are not complete."
@@ -124,6 +125,24 @@ class Project:
                 target[at, low:high] = values
                 chunk.forget()
         return last - first
+
+
+def run_directions(
+    run: Run | str | Path, result: Any = None, model: str | None = None, n: int = 10, fold_ln_f: bool = False
+) -> Any:
+    """Read the directions of a run's `svd` of the residual stream as tokens; see `read_directions`.
+
+    `model` is the run's model by default; ValueError if its weights are not those of the run.
+    """
+    run = as_run(run)
+    if result is None or result.attrs["site"] not in RESIDUAL:
+        site = "none" if result is None else result.attrs["site"]
+        raise ValueError(f"svd_tokens reads directions of {', '.join(RESIDUAL)}; these are of {site}.")
+    there = run if (run.path / "tokenizer.json").is_file() else None
+    found = read_directions(result, model or run.manifest.model["name"], n, fold_ln_f, there)
+    found = found.assign(singular_value=result["singular_value"])
+    name = result.attrs["analysis"].replace("svd", "svd_tokens")
+    return found.assign_attrs(analysis=name)
 
 
 def read_directions(

@@ -50,7 +50,9 @@ def provenance(run: Run, name: str, arguments: Mapping[str, Any], passes: int, c
     import headwater
 
     m = run.manifest
-    complete = run.complete
+    complete = np.zeros(m.n_sequences, bool)
+    for _, first, last in run.blocks():
+        complete[first:last] = True
     versions = {"headwater": headwater.__version__, "numpy": np.__version__, "xarray": xarray.__version__}
     text = {"sources": [source.get("path") for source in m.text["sources"]], "digest": m.text["digest"],
             "packing": m.text["packing"]}  # fmt: skip
@@ -74,13 +76,18 @@ def provenance(run: Run, name: str, arguments: Mapping[str, Any], passes: int, c
 
 def save(run: Run | str | Path, dataset: Any) -> Path:
     """Write a result to `analysis_path(run, dataset.attrs["analysis"])`, in place of an older one; return the path."""
-    target = analysis_path(run, dataset.attrs["analysis"])
+    return save_at(analysis_path(run, dataset.attrs["analysis"]), dataset)
+
+
+def save_at(target: Path, dataset: Any) -> Path:
+    """Write a result as a Zarr group at a path, in place of an older one; return the path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     for name, variable in dataset.variables.items():
-        if variable.dtype.kind == "U":
+        if variable.dtype.kind in "UO":
             dataset = dataset.assign({name: variable.astype(object)})
+            dataset[name].encoding.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
         dataset.to_zarr(new, zarr_format=3, consolidated=True)
@@ -97,5 +104,6 @@ def load(run: Run | str | Path, name: str) -> Any:
 
     path = analysis_path(run, name)
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no {path}. Make it with `headwater analyze {Path(str(run))} {name}`.")
+        where = run.path if isinstance(run, Run) else run
+        raise FileNotFoundError(f"there is no {path}. Make it with `headwater analyze {where} {name}`.")
     return xarray.open_zarr(path, chunks=None)

@@ -17,7 +17,6 @@ from headwater.analysis.engine import ONE_BY_ONE, Analysis, Scan, Steps, analyse
 from headwater.analysis.moments import add_rows, merge_mean, merge_scatter, with_room
 from headwater.analysis.reducer import Chunk, Reducer, State, need_sites
 from headwater.analysis.results import coordinates, provenance
-from headwater.analysis.work import waiting_states
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
@@ -186,9 +185,7 @@ def svd(
     effective_rank, n_rows, mean and the first k directions. q, k, v and z are taken head by head.
     """
     run = as_run(run)
-    state_bytes = STATE_BYTES
-    if scan.memory is not None:
-        state_bytes = min(STATE_BYTES, scan.memory // 2 // waiting_states(run, scan.workers))
+    state_bytes = scan.state_bytes(run, STATE_BYTES)
     return analyse(run, [svd_analysis(run, site, at, centrings, positions, k, state_bytes)], scan)[0]
 
 

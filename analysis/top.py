@@ -1,4 +1,4 @@
-"""The contexts in which a neuron or dimension is most active, with their tokens."""
+"""The contexts in which a neuron, a dimension, a direction or a head is most active, with their tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import numpy as np
 
 from headwater.analysis.engine import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
 from headwater.analysis.reducer import Chunk, Reducer, State, need_sites
-from headwater.analysis.results import coordinates, provenance
+from headwater.analysis.results import coordinates, load, provenance
+from headwater.analysis.top_units import Units, basis_of, keys_of
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
+KEEP = 16
 CONVENTIONS = (
+    "Units are the dimensions of a vector site, or directions: (x − mean) · direction of an svd result, centred and "
+    "without first positions; for q, k, v, z they are heads, with the norm of the vector; for pattern heads too, with "
+    "the largest weight on a key that is neither the first visible one nor the query's own, and key is its position. "
     "The largest values (sign 1) or the smallest (sign −1) of every unit over all real stored positions; of equal ones "
     "the earlier sequence, then the earlier position. value −inf and sequence −1 where there are fewer positions. "
     "token: that of the position. context: the tokens around it, −1 outside its document or row; it is itself at "
@@ -31,15 +36,18 @@ class Top(Reducer):
 
     name = "top"
 
-    def __init__(self, run: Run, site: str, leads: Sequence[int], units: np.ndarray, k: int, sign: int) -> None:
+    def __init__(self, run: Run, site: str, leads: Sequence[int], units: Units, k: int, sign: int) -> None:
         self.sites, self.leads = (site,), tuple(leads)
-        self._row = run[site].shape[2] * len(units) * 8
         self.units, self.k, self.sign = units, k, sign
+        self.tokens = 1 if units.dims[-1] == "key" else 4096
+        length = run.manifest.n_positions
+        inner = length * length if units.dims[-1] == "key" else run[site].shape[2] * run[site].shape[-1]
+        self._row = 8 * max(length * len(units.units), inner * (len(units.units) if len(units.dims) == 5 else 1))
 
     def zero(self) -> State:
         """Make an empty state."""
         assert self.leads is not None
-        shape = (len(self.leads), len(self.units), self.k)
+        shape = (len(self.leads), len(self.units.units), self.k)
         return {"value": np.full(shape, -np.inf), "place": np.full((*shape, 2), -1, np.int64)}
 
     @property
@@ -53,11 +61,11 @@ class Top(Reducer):
         at, site = self.leads.index(chunk.lead), self.sites[0]
         text = chunk.text(site)
         value, place = state["value"][at], state["place"][at]
-        for s, values_PD in enumerate(chunk[site]):
+        for s, values in enumerate(chunk[site]):
             rows = np.flatnonzero(text.real[s])
             if not len(rows):
                 continue
-            x = self.sign * values_PD[rows][:, self.units].astype(np.float64)
+            x = self.sign * self.units.values(at, values, chunk.row_start_ST[s])[rows]
             if not np.isfinite(x).all():
                 value[...] = np.nan
                 return
@@ -94,30 +102,41 @@ def top_analysis(
     k: int = 10,
     sign: int = 1,
     reach: int = 8,
+    directions: Any = None,
+    keep: int | None = None,
 ) -> Analysis:
     """Describe `top` for the engine; it takes one pass."""
     need_sites(run, site)
     spec = run.spec(site)
-    if spec.axis is None or len(spec.dims) != 4 or spec.dims[-1] not in ("d_model", "d_mlp"):
-        raise RunError(f"top takes a site of vectors by depth or layer, such as mlp_post; {site} has {spec.dims}.")
-    width, stored = spec.shape[-1], run.leads(site)
-    chosen = np.arange(width) if units is None else np.unique(np.array(list(units), np.int64))
+    per_head = spec.dims[-1] in ("d_head", "key")
+    if spec.axis is None or spec.dims[-1] not in ("d_model", "d_mlp", "d_head", "key") or site == "attn_scores":
+        raise RunError(f"top takes a site of vectors by depth or layer, or pattern; {site} has {spec.dims}.")
+    stored = run.leads(site)
     wanted = stored if at is None else list(at)
-    if not len(chosen) or not 0 <= chosen[0] <= chosen[-1] < width:
-        raise ValueError(f"units are {chosen.tolist()}; {site} has 0 to {width - 1}.")
     if not wanted or set(wanted) - set(stored):
         raise RunError(f"{run.path} holds {site} at {spec.axis} {stored}, but {wanted} was asked for.")
+    basis, mean = (None, None) if directions is None else basis_of(run, site, wanted, directions)
+    numbers = run.plain("head") if per_head else np.arange(spec.shape[-1] if basis is None else basis.shape[1])
+    chosen = numbers if units is None else np.unique(np.array(list(units), np.int64))
+    if not len(chosen) or set(chosen.tolist()) - set(numbers.tolist()):
+        raise ValueError(f"units are {chosen.tolist()}; {site} has {numbers.min()} to {numbers.max()}.")
     if k < 1 or sign not in (1, -1) or reach < 0:
         raise ValueError(f"k, sign, reach are {k}, {sign}, {reach}; expected at least 1, one of 1 and -1, at least 0.")
     leads = [stored.index(lead) for lead in wanted]
+    places = np.searchsorted(numbers, chosen)
+    measure = Units(run, site, places, basis if basis is None else basis[:, places], mean)
 
     def steps() -> Steps:
-        (state,) = yield [Top(run, site, leads, chosen, k, sign)]
-        return _dataset(run, site, leads, chosen, sign, reach, state, analysis)
+        (state,) = yield [Top(run, site, leads, measure, k, sign)]
+        kept = np.arange(len(chosen)) if keep is None else _outstanding(state["value"], keep)
+        state = {name: value[:, kept] for name, value in state.items()}
+        return _dataset(run, site, leads, chosen[kept], sign, reach, state, analysis)
 
-    listed = "all" if units is None else chosen.tolist()
-    arguments = {"site": site, "units": listed, "at": wanted, "k": k, "sign": sign, "reach": reach}
-    analysis = Analysis(f"top_{site}", 1, steps, arguments)
+    arguments = {"site": site, "units": "all" if units is None else chosen.tolist(), "at": wanted, "k": k, "sign": sign,
+                 "reach": reach, "keep": keep,
+                 "directions": None if directions is None else str(directions.attrs["arguments"])}  # fmt: skip
+    name = f"top_{site}" if directions is None else f"top_{site}_directions"
+    analysis = Analysis(name, 1, steps, arguments)
     return analysis
 
 
@@ -129,15 +148,57 @@ def top(
     k: int = 10,
     sign: int = 1,
     reach: int = 8,
+    directions: Any = None,
+    keep: int | None = None,
     scan: Scan = ONE_BY_ONE,
 ) -> Any:
-    """Find the k positions where units of a vector site are most active, in one pass.
+    """Find the k positions where units of a site are most active, in one pass.
+
+    Units are dimensions or neurons, heads for q, k, v, z and pattern, or the ranks of `directions`, an `svd` result of
+    the site; see CONVENTIONS. `keep` keeps the units whose peaks stand out most among those of their layer or depth.
 
     Returns a dataset: value, sequence, position, token [lead, unit, rank], context [lead, unit, rank, offset] with
-    offset −reach … reach, and token_text and context_text where the run has a tokenizer.
+    offset −reach … reach, and token_text and context_text where the run has a tokenizer; key, key_token, key_text for
+    pattern.
     """
     run = as_run(run)
-    return analyse(run, [top_analysis(run, site, units, at, k, sign, reach)], scan)[0]
+    return analyse(run, [top_analysis(run, site, units, at, k, sign, reach, directions, keep)], scan)[0]
+
+
+def run_top(
+    run: Run,
+    site: str,
+    units: Iterable[int] | None = None,
+    at: Iterable[int] | None = None,
+    k: int = 10,
+    sign: int = 1,
+    reach: int = 8,
+    directions: bool = False,
+    keep: int | None = None,
+) -> Analysis:
+    """Describe `top` as the command line calls it: `directions` are those of the kept `svd` result of the site.
+
+    Where no units are named, the KEEP most outstanding ones are kept.
+    """
+    found = _kept_svd(run, site) if directions else None
+    keep = KEEP if keep is None and units is None else keep
+    return top_analysis(run, site, units, at, k, sign, reach, found, keep)
+
+
+def _kept_svd(run: Run, site: str) -> Any:
+    try:
+        return load(run, "svd" if site == "resid" else f"svd_{site}")
+    except FileNotFoundError:
+        raise RunError(
+            f"{run.path} has no svd of {site} beside it. Make it with `headwater analyze {run.path} svd --site {site}`."
+        ) from None
+
+
+def _outstanding(value_LUK: np.ndarray, n: int) -> np.ndarray:
+    """Return the n units whose largest value is largest relative to the median unit of its lead, in order."""
+    peak = np.where(np.isfinite(value_LUK[..., 0]), value_LUK[..., 0], 0)
+    middle = np.median(np.abs(peak), axis=1, keepdims=True)
+    return np.sort(np.argsort(-(peak / np.where(middle > 0, middle, 1)).max(0), kind="stable")[:n])
 
 
 def _positions(run: Run, site: str, sequence: np.ndarray, place: np.ndarray, row_start_ST: np.ndarray) -> np.ndarray:
@@ -155,7 +216,8 @@ def _dataset(
 ) -> Any:
     import xarray
 
-    axis = str(run.spec(site).axis)
+    spec = run.spec(site)
+    axis = str(spec.axis)
     tokens, row_start = run.plain("tokens"), run.plain("row_start")
     sequence, place = state["place"][..., 0], state["place"][..., 1]
     there = sequence >= 0
@@ -175,14 +237,25 @@ def _dataset(
         "token": (dims, context[..., reach]),
         "context": ((*dims, "offset"), context),
     }
+    if spec.dims[-1] == "key":
+        key = keys_of(run, leads, units, sequence, position, row_start)
+        variables["key"] = dims, key
+        variables["key_token"] = dims, np.where(key >= 0, tokens[sequence, np.maximum(key, 0)], -1)
     path = run.path / "tokenizer.json"
     if path.is_file():
         from headwater.extractor.tokenizer import load_tokenizer
 
-        ids, back = np.unique(context, return_inverse=True)
-        strings = np.array(load_tokenizer(path).token_strings(ids), dtype=object)[back.reshape(context.shape)]
-        variables["token_text"] = dims, strings[..., reach]
-        variables["context_text"] = (*dims, "offset"), strings
-    coords = coordinates(run, site, leads) | {"unit": units, "offset": np.arange(-reach, reach + 1)}
+        coder = load_tokenizer(path)
+
+        def strings(ids: np.ndarray) -> np.ndarray:
+            distinct, back = np.unique(ids, return_inverse=True)
+            return np.array(coder.token_strings(distinct), dtype=object)[back.reshape(ids.shape)]
+
+        variables["context_text"] = (*dims, "offset"), strings(context)
+        variables["token_text"] = dims, variables["context_text"][1][..., reach]
+        if "key" in variables:
+            variables["key_text"] = dims, strings(variables["key_token"][1])
+    coords = {name: value for name, value in coordinates(run, site, leads).items() if name != "head"}
+    coords |= {"unit": units, "offset": np.arange(-reach, reach + 1)}
     attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes | {"site": site})

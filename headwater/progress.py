@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from headwater.extractor.units import count, show_bytes
 
 if TYPE_CHECKING:
+    from headwater.analysis.engine import ScanProgress
     from headwater.extractor.run import Progress
 
 PLAIN_SECONDS = 10.0
@@ -90,6 +91,27 @@ class Reporter:
             f"{progress.n_tokens / seconds:,.0f} tokens/s  {show_bytes(progress.n_bytes / seconds)}/s  "
             f"{_clock(seconds)} gone, {_clock(left)} left{_also(progress)}"
         )
+
+
+class ScanReporter:
+    """An observer of the scans of an analysis."""
+
+    def __init__(self, stream: TextIO | None, name: str) -> None:
+        self._line, self._name, self._begun = Line(stream), name, time.perf_counter()
+
+    def __call__(self, progress: ScanProgress) -> None:
+        seconds = time.perf_counter() - self._begun
+        share = (progress.at - 1 + progress.done / max(progress.n_blocks, 1)) / max(progress.passes, 1)
+        passes = f" of pass {progress.at} of {progress.passes}" if progress.passes > 1 else ""
+        self._line.show(
+            f"{_bar(share)} {progress.done:,}/{count(progress.n_blocks, 'block')}{passes}, {self._name}  "
+            f"{_clock(seconds)} gone",
+            share == 1,
+        )
+
+    def close(self) -> None:
+        """End the line."""
+        self._line.close()
 
 
 class ByteReporter:

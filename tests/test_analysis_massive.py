@@ -124,7 +124,14 @@ def test_contributions_add_up_to_the_residual(analysis_run, layout):
 def test_bad_requests_say_what_is_wrong(analysis_run):
     run = analysis_run("plain")
     with pytest.raises(ValueError, match=r"no activation of .* is massive"):
-        massive_origin(run, massive(run))
+        massive_origin(run, massive(run), level="large")
+    with pytest.raises(ValueError, match="level is 'huge'"):
+        massive_origin(run, massive(run), level="huge")
+    result = massive(run)
+    (event,) = massive_events(run, result, "largest")
+    assert massive_origin(run, result).dimension == event.dimension
+    largest = np.abs(run["resid"][:, event.sequence, event.position]).max()
+    assert largest == result.max_size.max() and not massive_dimensions(result)
     for event, message in ((Event(0, 99, 0), "outside the run"), (Event(99, 0, 0), "dimensions 0 to 23")):
         with pytest.raises(ValueError, match=message):
             massive_origin(run, events=[event])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from headwater.analysis.engine import Scan
+from headwater.analysis.svd import svd
 from headwater.analysis.top import top
 from headwater.store.manifest import RunError
 
@@ -47,6 +48,47 @@ def test_bad_requests_say_what_is_wrong(analysis_run):
         with pytest.raises(ValueError, match=message):
             top(run, "mlp_post", **arguments)
     with pytest.raises(RunError, match="site of vectors"):
-        top(run, "pattern")
+        top(run, "resid_norm")
     with pytest.raises(RunError, match="was asked for"):
         top(run, "mlp_post", at=[9])
+
+
+@pytest.mark.parametrize("site", ["z", "pattern"])
+def test_heads_are_ranked_by_norm_or_by_their_largest_other_weight(analysis_run, site):
+    run = analysis_run("packed")
+    got = top(run, site, [1], at=[0], k=7, reach=0).isel(layer=0, unit=0)
+    row_start, t = run.plain("row_start"), np.arange(run.manifest.n_positions)
+    real = row_start <= t
+    if site == "z":
+        value = np.linalg.norm(run["z"][0][:, :, 1].astype(np.float64), axis=-1)
+    else:
+        kept = (t > row_start[..., None]) & (t < t[:, None])
+        weights = np.where(kept, run["pattern"][0][:, 1], 0)
+        value = weights.max(-1)
+    places = sorted(np.argwhere(real).tolist(), key=lambda sp: (-value[tuple(sp)], *sp))[:7]
+    assert np.stack([got.sequence, got.position], 1).tolist() == places
+    np.testing.assert_allclose(got["value"], [value[tuple(sp)] for sp in places], 1e-6)
+    if site == "pattern":
+        assert got.key.values.tolist() == [int(weights[tuple(sp)].argmax()) for sp in places]
+        assert (got.key_token == run.tokens[got.sequence, got.key]).all() and all(map(str, got.key_text.values))
+
+
+def test_directions_are_ranked_by_projection(analysis_run):
+    run = analysis_run("padded")
+    directions = svd(run, "mlp_out", k=3)
+    got = top(run, "mlp_out", [2], at=[1], k=4, directions=directions, reach=0)
+    one = directions.sel(centring="centred", positions="without_first", layer=1)
+    value = (run["mlp_out"][1].astype(np.float64) - one["mean"].values) @ one.direction.values[2]
+    value[run.plain("row_start") > np.arange(run.manifest.n_positions)] = -np.inf
+    np.testing.assert_allclose(got["value"][0, 0], np.sort(value.ravel())[::-1][:4], 1e-9)
+    with pytest.raises(ValueError, match="expected an svd of resid"):
+        top(run, "resid", directions=directions)
+
+
+def test_the_units_that_stand_out_are_kept(analysis_run):
+    run = analysis_run("plain")
+    every, kept = top(run, "mlp_post", k=2, reach=0), top(run, "mlp_post", k=2, reach=0, keep=5)
+    peak = every["value"][..., 0].values
+    order = np.argsort(-(peak / np.median(np.abs(peak), 1, keepdims=True)).max(0))[:5]
+    assert kept.unit.values.tolist() == sorted(order.tolist())
+    np.testing.assert_array_equal(kept["value"], every["value"].sel(unit=kept.unit))

@@ -1,0 +1,151 @@
+"""The figures of a result that are worth a line: short labels and values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Figures = dict[str, Any]
+
+
+def summarise(name: str, dataset: Any) -> Figures:
+    """Return the headline figures of an analysis's result, by label; numbers, words or short lists of numbers."""
+    return SUMMARIES[name](dataset) if name in SUMMARIES else {}
+
+
+def _round(values: Any) -> Any:
+    """Round to four significant digits."""
+    return json.loads(json.dumps([float(f"{v:.4g}") for v in np.ravel(values)]), parse_constant=lambda _: None)
+
+
+def _one(value: Any) -> Any:
+    return _round(value)[0]
+
+
+def _cosine(d: Any) -> Figures:
+    plain = d.isel(centring=0, positions=0, outliers=0)
+    bare = d.isel(centring=1, positions=1, outliers=1)
+    return {
+        "consecutive": _round(plain.consecutive),
+        "consecutive_centred_without_first_and_outliers": _round(bare.consecutive),
+        "anisotropy": _round(plain.anisotropy),
+        "outlier_dimensions": [int(i) for i in d.outlier_dimensions.values],
+    }
+
+
+def _cka(d: Any) -> Figures:
+    return {
+        f"consecutive_{positions}": _round(np.diagonal(d.cka.sel(positions=positions).values, 1))
+        for positions in ("all", "without_first")
+    }
+
+
+def _sinks(d: Any) -> Figures:
+    share = d.first_token_share.sel(query_set="second_half")
+    layer, head = np.unravel_index(np.nanargmax(share.values), share.shape)
+    return {
+        "l_in": int(d.l_in),
+        "l_out": int(d.l_out),
+        "second_half_share": _round(d.share_by_layer.sel(query_set="second_half")),
+        "strongest_head": f"L{int(d.layer[layer])}H{int(d['head'][head])}",
+        "strongest_share": _one(share.values[layer, head]),
+    }
+
+
+def _false_sinks(d: Any) -> Figures:
+    return {
+        "largest_norm_ratio": _one(d.norm_ratio.max()),
+        "largest_false_norm": _one(d.false_norm.max()),
+        "largest_false_attention": _one(d.false_attention.max()),
+    }
+
+
+def _massive(d: Any) -> Figures:
+    from headwater.analysis.massive import massive_dimensions
+
+    size = d.max_size.max("positions").values
+    return {
+        "strict": massive_dimensions(d, "strict"),
+        "large": massive_dimensions(d, "large")[:8],
+        "largest": _one(size.max()),
+        "largest_ratio": _one(d.largest_ratio.max()),
+        "max_by_depth": _round(size),
+    }
+
+
+def _origin(d: Any) -> Figures:
+    one = d.isel(event=0)
+    layer = int(np.abs(one.mlp_out.values).argmax())
+    return {
+        "dimension": int(one.dimension),
+        "position": int(one.position),
+        "largest_mlp": f"layer {layer}: {_one(one.mlp_out[layer])}",
+        "largest_neuron": f"L{layer}N{int(one.neuron[layer, 0])}: {_one(one.neuron_contribution[layer, 0])}",
+    }
+
+
+def _svd(d: Any) -> Figures:
+    chosen = {"centring": d.centring.values[-1], "positions": d.positions.values[-1]}
+    ratio = d.participation_ratio.sel(chosen)
+    return {"variant": " ".join(map(str, chosen.values())), "participation_ratio": _round(ratio)[:64]}
+
+
+def _tokens(d: Any) -> Figures:
+    if "token_text" not in d:
+        return {}
+    last = d.isel({d.token.dims[-3]: -1, "centring": -1, "positions": -1, "rank": 0})
+    return {"first_direction_at_the_last_depth": " ".join(map(repr, last.token_text.values[0, :5]))}
+
+
+def _heads(d: Any) -> Figures:
+    from headwater.analysis.heads import inverted_pairs
+
+    return {"inverted_pairs": len(inverted_pairs(d)), "smallest_tau": _one(np.nanmin(d.tau.values))}
+
+
+def _lens(d: Any) -> Figures:
+    return {"kl": _round(d.kl[0]), "top1_agreement": _round(d.top1_agreement[0]), "loss": _round(d.loss[0])}
+
+
+def _attribution(d: Any) -> Figures:
+    head = d["head_contribution"][0].values
+    layer, best = np.unravel_index(head.argmax(), head.shape)
+    return {
+        "logit": _one(d.logit[0]),
+        "mlp": _round(d.mlp[0]),
+        "largest_head": f"L{layer}H{best}: {_one(head[layer, best])}",
+    }
+
+
+def _top(d: Any) -> Figures:
+    value = d.value[..., 0].values
+    lead, unit = np.unravel_index(np.nanargmax(value), value.shape)
+    axis = d["value"].dims[0]
+    figures = {"site": d.attrs["site"], "largest": _one(value[lead, unit]),
+               "at": f"{axis} {int(d[axis][lead])}, unit {int(d.unit[unit])}"}  # fmt: skip
+    return figures | ({"token": repr(str(d.token_text.values[lead, unit, 0]))} if "token_text" in d else {})
+
+
+def _weights(d: Any) -> Figures:
+    sigma = d.w_out_sigma.values
+    return {"w_out_sigma_1": _round(sigma[:, 0]), "ov_sigma_1": _round(d.ov_sigma[:, :, 0].max("head"))}
+
+
+SUMMARIES: dict[str, Callable[[Any], Figures]] = {
+    "cosine": _cosine,
+    "cka": _cka,
+    "sinks": _sinks,
+    "false_sinks": _false_sinks,
+    "massive": _massive,
+    "massive_origin": _origin,
+    "svd": _svd,
+    "svd_tokens": _tokens,
+    "heads": _heads,
+    "lens": _lens,
+    "attribution": _attribution,
+    "top": _top,
+    "weights": _weights,
+}

@@ -1,0 +1,139 @@
+"""`headwater analyze` and `weights`: what they do, keep, use again, skip and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import xarray
+
+from headwater.analysis.registry import ENTRIES, REGISTRY
+from headwater.analysis.results import analysis_path, load
+from headwater.analysis.sinks import sinks
+from headwater.analysis.suite import analyze
+from headwater.store.reader import open_run
+
+MODEL_FREE = {"false_sinks", "attribution"}
+
+
+@pytest.fixture(scope="module")
+def run(analysis_run, tmp_path_factory):
+    """A copy of the run of packed documents with every site, to keep results beside it."""
+    path = tmp_path_factory.mktemp("analyze") / "run"
+    shutil.copytree(analysis_run("packed").path, path)
+    return path
+
+
+def test_everything_is_done_kept_and_used_again(cli, run):
+    first = json.loads(cli("analyze", run, "--json").out)[0]
+    assert list(first["results"]) == [entry.name for entry in ENTRIES] and first["skipped"] == {}
+    for name, result in first["results"].items():
+        assert result["figures"], name
+        kept = xarray.open_zarr(result["path"], chunks=None)
+        assert kept.attrs["fingerprint"] == open_run(run).manifest.fingerprint
+        assert {"arguments", "conventions", "text", "versions"} <= set(kept.attrs), name
+    before = {name: load(run, load_name(first, name)).attrs["request"] for name in first["results"]}
+    again = cli("analyze", run)
+    assert again.out.count("(kept from before)") == len(ENTRIES) and again.err == ""
+    assert "(kept from before)" not in cli("analyze", run, "cka", "--again").out
+    changed = json.loads(cli("analyze", run, "sinks", "--epsilon", "0.1", "--json").out)[0]
+    assert set(changed["results"]) == {"sinks", "false_sinks"}
+    assert load(run, "sinks").attrs["request"] != before["sinks"]
+    np.testing.assert_array_equal(load(run, "sinks").sink_rate, sinks(run, epsilon=0.1).sink_rate)
+
+
+def load_name(outcome, name):
+    return outcome["results"][name]["path"].rpartition("/")[2]
+
+
+@pytest.mark.parametrize("flags", [["--workers", "2"], ["--memory", "110MB"]])
+def test_workers_and_memory_change_no_bit(run, cli, flags):
+    names = ("cosine", "svd", "massive")
+    assert cli("analyze", run, *names).code == 0
+    whole = {name: load(run, name).load() for name in names}
+    assert cli("analyze", run, *names, "--again", *flags).code == 0
+    for name in names:
+        for variable, value in load(run, name).items():
+            np.testing.assert_array_equal(value, whole[name][variable], f"{name}.{variable}")
+
+
+def test_little_memory_reads_the_run_more_often(run, monkeypatch):
+    from headwater.analysis.engine import Scan
+
+    whole = {name: result.load() for name, result in analyze(run, ["cosine", "massive"], again=True).results.items()}
+    monkeypatch.setattr("headwater.analysis.engine.projected_bytes", lambda run, reducers, workers: len(reducers))
+    reads = {}
+    for memory in (1, 2, 3):
+        seen = []
+        scan = Scan(memory=memory, observe=lambda p, seen=seen: seen.append(p.done))
+        split = analyze(run, ["cosine", "massive"], scan=scan, again=True).results
+        reads[memory] = seen.count(1)
+        for name, result in whole.items():
+            assert result.drop_attrs().identical(split[name].load().drop_attrs())
+    assert reads[1] > reads[2] > reads[3]
+
+
+def test_what_a_run_lacks_is_skipped_or_named(cli, analysis_run, tiny_gpt2, tiny_text, tmp_path):
+    run = tmp_path / "statistics"
+    flags = ("--model", tiny_gpt2, "--text", tiny_text, "--preset", "statistics", "--block", 8, "--out", run)
+    assert cli("extract", *flags).code == 0
+    done = json.loads(cli("analyze", run, "--json").out)[0]
+    assert set(done["results"]) == {"sinks", "false_sinks", "attribution"}
+    assert "Extract a run with --sites resid" in done["skipped"]["cosine"]
+    cli("analyze", run, "sinks", "--source", "pattern").error(2, "sinks needs pattern", "--sites pattern")
+    cli("analyze", run, "svd").error(2, "svd needs resid or", "--sites resid")
+    cli("analyze", run, "svd", "--site", "mlp_out").error(2, "svd needs mlp_out", "--sites mlp_out")
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    open_run(half).ledger.remove(0)
+    cli("analyze", half, "sinks").error(2, "is not complete", "--partial")
+    partial = json.loads(cli("analyze", half, "sinks", "--partial", "--json").out)[0]
+    kept = xarray.open_zarr(partial["results"]["sinks"]["path"], chunks=None)
+    assert kept.attrs["partial"] == 1 and kept.attrs["n_sequences"] < open_run(run).manifest.n_sequences
+
+
+def test_wrong_requests_are_refused_before_anything_is_read(cli, run, tmp_path):
+    cli("analyze", run, "cosines").error(2, "'cosines' is neither a run nor an analysis", "cosine")
+    cli("analyze", "sinks").error(2, "no run is named")
+    cli("analyze", tmp_path / "nothing").error(2, "there is no run at")
+    cli("analyze", run, "sinks", "--epsilon", "x").error(2, "--epsilon is 'x'", "such as 0.3")
+    cli("analyze", run, "sinks", "--memory", "big").error(2, "--memory is 'big'", "such as 2GB")
+    cli("analyze", run, "sinks", "--workers", "0").error(2, "--workers is '0'")
+    cli("analyze", run, "sinks", "--units", "3").error(2, "units is an option of none of sinks")
+    cli("analyze", run, "svd", "--at", "7").error(2, "but [7] was asked for")
+    cli("analyze", run, "svd", "--at", "4:2").error(2, "'4:2' is not an index or a range")
+    cli("analyze", run, "heads", "--memory", "1MB", "--again").error(2, "needs", "the limit is 1 MB")
+    cli("analyze", run, "lens", "--model", "demo").error(2, "the weights of demo are not those that")
+
+
+def test_every_entry_describes_itself():
+    for entry in ENTRIES:
+        assert entry.title and bool(entry.scan) != bool(entry.compute)
+        assert all(name in REGISTRY for name in (*entry.brings, *filter(None, [entry.after])))
+        assert callable(entry.function) and "run" not in entry.options()
+
+
+def test_weights_are_kept_where_one_asks(cli, tiny_gpt2, tmp_path):
+    done = json.loads(cli("weights", "--model", tiny_gpt2, "--directions", 2, "--out", tmp_path, "--json").out)
+    kept = xarray.open_zarr(done[0]["path"], chunks=None)
+    assert kept.ov_write.shape == (2, 2, 2, 16) and done[0]["figures"]["w_out_sigma_1"]
+    cli("weights", "--model", tmp_path / "none").error(2, "none")
+
+
+def test_an_interrupted_analysis_says_how_to_go_on(cli, run, monkeypatch):
+    def stop(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headwater.analysis.suite.analyse", stop)
+    answer = cli("analyze", run, "massive", "--again")
+    assert answer.code == 130 and "run the same command again to go on" in answer.err
+
+
+def test_top_and_svd_of_a_site_lie_beside_those_of_others(cli, run):
+    assert cli("analyze", run, "svd", "top", "--site", "mlp_out", "--k", "3", "--directions").code == 2
+    assert cli("analyze", run, "svd", "--site", "mlp_out", "--k", "3").code == 0
+    done = cli("analyze", run, "top", "--site", "mlp_out", "--directions", "--k", "2")
+    assert done.code == 0 and analysis_path(run, "top_mlp_out_directions").is_dir()
+    assert load(run, "top_mlp_out_directions").sizes["unit"] == 3
