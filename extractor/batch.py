@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from headwater.extractor.hook import NO_HOOK, Hook
 from headwater.kernels.mask import RowBlock, split_rows
 
 ROWS = 16
@@ -19,6 +20,7 @@ class Batch:
 
     `tokens`, `positions`, `targets` are int64 [B, T], `row_start` int32 [B, T]: position t attends to the keys
     [row_start, t], and nothing where row_start > t (padding). `targets` is the next token, −1 where there is none.
+    `hook` changes values on their way.
     """
 
     tokens: torch.Tensor
@@ -26,6 +28,7 @@ class Batch:
     row_start: torch.Tensor
     targets: torch.Tensor
     blocks: list[list[RowBlock]]
+    hook: Hook = NO_HOOK
 
 
 def attention_rows(n_positions: int, tile: int | None = None) -> int:

@@ -99,7 +99,8 @@ class Model:
         """Return the residual stream at depth 0: float32 [B, T, D], written to `out` where one is given."""
         x = torch.empty(*batch.tokens.shape, self.config.d_model, dtype=self.stream) if out is None else out
         torch.index_select(self._weights["wte.weight"], 0, batch.tokens.view(-1), out=x.view(-1, x.shape[-1]))
-        return x.add_(self._weights["wpe.weight"][batch.positions])
+        x.add_(self._weights["wpe.weight"][batch.positions])
+        return _changed(x, "resid", 0, batch)
 
     @torch.inference_mode()
     def run(self, batch: Batch, tap: Tap) -> torch.Tensor:
@@ -119,13 +120,16 @@ class Model:
     def layer(self, layer: int, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
         """Advance the residual stream through one block, in place."""
         b = f"h.{layer}."
-        normed = self._norm(b + "ln_1", x_BTD, tap, "ln1_scale", layer)
+        batch.hook.prepare(self, layer, batch, tap)
+        normed = self._norm(b + "ln_1", x_BTD, batch, tap, "ln1_scale", layer)
         z = self._attention(layer, normed, batch, tap)
-        self._add(x_BTD, z, b + "attn.c_proj", tap, "attn_out", layer)
+        self._add(x_BTD, z, b + "attn.c_proj", batch, tap, "attn_out", layer)
+        _changed(x_BTD, "resid_mid", layer, batch)
         if tap.wants("resid_mid", layer):
             tap.take("resid_mid", layer, x_BTD)
-        normed = self._norm(b + "ln_2", x_BTD, tap, "ln2_scale", layer)
-        self._add(x_BTD, self._neurons(layer, normed, tap), b + "mlp.c_proj", tap, "mlp_out", layer)
+        normed = self._norm(b + "ln_2", x_BTD, batch, tap, "ln2_scale", layer)
+        self._add(x_BTD, self._neurons(layer, normed, batch, tap), b + "mlp.c_proj", batch, tap, "mlp_out", layer)
+        _changed(x_BTD, "resid", layer + 1, batch)
 
     def finish(self, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
         """Give the final LayerNorm's scale, the loss and the largest logits, as far as they are wanted."""
@@ -133,7 +137,8 @@ class Model:
         outputs = [site for site in ("loss", "top_logits", "top_tokens") if tap.wants(site, 0)]
         if not outputs and not tap.wants("ln_final_scale", 0):
             return
-        normed = self._norm("ln_f", x_BTD, tap, "ln_final_scale", 0)
+        batch.hook.prepare(self, self.config.n_layer, batch, tap)
+        normed = self._norm("ln_f", x_BTD, batch, tap, "ln_final_scale", 0)
         if not outputs:
             return
         n, length = batch.tokens.shape
@@ -155,9 +160,15 @@ class Model:
             if site in outputs:
                 tap.take(site, 0, value)
 
-    def _norm(self, name: str, x: torch.Tensor, tap: Tap, scale_site: str, layer: int) -> torch.Tensor:
+    def _norm(self, name: str, x: torch.Tensor, batch: Batch, tap: Tap, scale_site: str, layer: int) -> torch.Tensor:
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        normed, _, inverse = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, self.config.layer_norm_epsilon)
+        normed, mean, inverse = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, self.config.layer_norm_epsilon)
+        if batch.hook.changes(scale_site, layer):
+            scale = inverse.reciprocal()
+            new = _changed(scale[..., 0].clone(), scale_site, layer, batch)[..., None]
+            other = (new != scale)[..., 0]
+            normed[other] = (x[other] - mean[other]) / new[other] * weight + bias
+            inverse = torch.where(new == scale, inverse, new.reciprocal())
         if tap.wants(scale_site, layer):
             tap.take(scale_site, layer, inverse[..., 0].reciprocal())
         return normed.to(self.compute)
@@ -170,14 +181,25 @@ class Model:
         _multiply(x.view(-1, x.shape[-1]), weight, bias.to(self.compute), out.view(-1, weight.shape[1]))
         return out
 
-    def _add(self, x: torch.Tensor, part: torch.Tensor, name: str, tap: Tap, site: str, layer: int) -> None:
-        """Add `part` W + b to the residual stream; as a product in place unless the sum itself is wanted."""
+    def _add(
+        self, x: torch.Tensor, part: torch.Tensor, name: str, batch: Batch, tap: Tap, site: str, layer: int
+    ) -> None:
+        """Add `part` W + b to the residual stream; as a product in place unless the sum itself is wanted.
+
+        Where a hook changes the sum, the rows that it leaves alone get the bits that they would have without it.
+        """
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
         if self.compute == self.stream and not tap.wants(site, layer):
+            before = x.clone() if batch.hook.changes(site, layer) else None
             x.view(-1, x.shape[-1]).addmm_(part.view(-1, part.shape[-1]), weight)
             x.add_(bias)
+            if before is not None:
+                out = self._linear(name, part, "out")
+                new = _changed(out.clone(), site, layer, batch)
+                other = (out != new).any(-1)
+                x[other] = before[other] + new[other]
             return
-        out = self._linear(name, part, "out")
+        out = _changed(self._linear(name, part, "out"), site, layer, batch)
         if tap.wants(site, layer):
             tap.take(site, layer, out)
         x.add_(out)
@@ -189,6 +211,7 @@ class Model:
             qkv = self.workspace.get("qkv_exact", tuple(qkv.shape), self.stream).copy_(qkv)
         q, k, v = (part.view(n, length, c.n_head, c.d_head) for part in qkv.chunk(3, -1))
         for site, value in (("q", q), ("k", k), ("v", v)):
+            _changed(value, site, layer, batch)
             if tap.wants(site, layer):
                 tap.take(site, layer, value)
         z = self.workspace.get("z", (n, length, c.n_head, c.d_head), self.stream)
@@ -199,6 +222,11 @@ class Model:
             if not tap.wants(site, layer):
                 return None
             return lambda b, block, value: tap.take_rows(site, layer, b, block, value)
+
+        def edit(site: str) -> Callable[[int, RowBlock, torch.Tensor], bool] | None:
+            if not batch.hook.changes(site, layer):
+                return None
+            return lambda b, block, value: batch.hook.apply_rows(site, layer, b, block, value)
 
         attend(
             q,
@@ -212,7 +240,10 @@ class Model:
             statistics=statistics,
             on_scores=rows("attn_scores"),
             on_pattern=rows("pattern"),
+            edit_scores=edit("attn_scores"),
+            edit_pattern=edit("pattern"),
         )
+        _changed(z, "z", layer, batch)
         for site in wanted:
             tap.take(site, layer, statistics[site])
         if tap.wants("z", layer):
@@ -223,14 +254,22 @@ class Model:
         dtype = torch.int32 if site == "attn_argmax" else self.stream
         return self.workspace.get(site, (n, self.config.n_head, length), dtype)
 
-    def _neurons(self, layer: int, normed: torch.Tensor, tap: Tap) -> torch.Tensor:
-        neurons = self._linear(f"h.{layer}.mlp.c_fc", normed, "neurons")
+    def _neurons(self, layer: int, normed: torch.Tensor, batch: Batch, tap: Tap) -> torch.Tensor:
+        neurons = _changed(self._linear(f"h.{layer}.mlp.c_fc", normed, "neurons"), "mlp_pre", layer, batch)
         if tap.wants("mlp_pre", layer):
             tap.take("mlp_pre", layer, neurons)
         _activate(self._activation, neurons)
+        _changed(neurons, "mlp_post", layer, batch)
         if tap.wants("mlp_post", layer):
             tap.take("mlp_post", layer, neurons)
         return neurons
+
+
+def _changed(value: torch.Tensor, site: str, layer: int, batch: Batch) -> torch.Tensor:
+    """Let the batch's hook change a value in place; return it."""
+    if batch.hook.changes(site, layer):
+        batch.hook.apply(site, layer, value)
+    return value
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ STATISTICS = (*ROW_STATISTICS, "attn_received")
 PEAK_STATISTICS = {"attn_entropy", "attn_max", "attn_argmax"}
 LOWEST = -1e30
 OnRows = Callable[[int, RowBlock, torch.Tensor], None]
+EditRows = Callable[[int, RowBlock, torch.Tensor], bool]
 
 
 def attend(
@@ -38,21 +39,25 @@ def attend(
     statistics: Mapping[str, torch.Tensor] | None = None,
     on_scores: OnRows | None = None,
     on_pattern: OnRows | None = None,
+    edit_scores: EditRows | None = None,
+    edit_pattern: EditRows | None = None,
 ) -> None:
     """Write softmax(scale · q kᵀ) v into `z_BTNH`, and what was asked for besides.
 
     `blocks` are the row blocks of each sequence. Each wanted statistic is a tensor [B, N, T] to fill (of q's dtype,
     `attn_argmax` int32). `on_pattern(b, block, pattern_NQK)` sees each row block of probabilities, `on_scores` the
-    scores with −inf at hidden keys; both tensors are reused after the call. Rows that see no key have z = 0, a
-    pattern of zeros and argmax −1.
+    scores with −inf at hidden keys; both tensors are reused after the call. `edit_scores` and `edit_pattern` may change
+    them in place before they are used, and say whether they did. Rows that see no key have z = 0, a pattern of zeros
+    and argmax −1.
     """
     wanted = dict(statistics or {})
     if "attn_received" in wanted:
         wanted["attn_received"].zero_()
+    calls = on_scores, on_pattern, edit_scores, edit_pattern
     for b in range(q_BTNH.shape[0]):
         q, k, v = (x[b].transpose(0, 1) for x in (q_BTNH, k_BTNH, v_BTNH))
         for block in blocks[b]:
-            _attend_rows(b, block, q, k, v, z_BTNH, scale, row_start_BT[b], workspace, wanted, on_scores, on_pattern)
+            _attend_rows(b, block, q, k, v, z_BTNH, scale, row_start_BT[b], workspace, wanted, calls)
 
 
 def _attend_rows(
@@ -66,9 +71,9 @@ def _attend_rows(
     row_start_T: torch.Tensor,
     workspace: Workspace,
     wanted: dict[str, torch.Tensor],
-    on_scores: OnRows | None,
-    on_pattern: OnRows | None,
+    calls: tuple[OnRows | None, OnRows | None, EditRows | None, EditRows | None],
 ) -> None:
+    on_scores, on_pattern, edit_scores, edit_pattern = calls
     n_head, _, d_head = q_NTH.shape
     n_rows, n_keys = block.last - block.first, block.last - block.key
     rows, keys = slice(block.first, block.last), slice(block.key, block.last)
@@ -81,11 +86,15 @@ def _attend_rows(
         scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype))
     else:
         scores.add_(block.hidden)
+    if edit_scores is not None:
+        edit_scores(b, block, scores)
     if on_scores is not None:
         on_scores(b, block, scores)
     torch.softmax(scores, -1, out=pattern)
     if block.empty is not None:
         pattern[:, block.empty] = 0
+    if edit_pattern is not None and edit_pattern(b, block, pattern) and peaks:
+        torch.log(pattern, out=scores).clamp_(min=LOWEST)  # the entropy is that of the edited pattern
     values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
     torch.bmm(pattern, v_NTH[:, keys], out=values)
     z_BTNH[b, rows] = values.transpose(0, 1)
@@ -125,7 +134,7 @@ def _fill_peaks(
         wanted["attn_max"][b, :, rows] = largest
     if "attn_entropy" in wanted:
         score = scores_NQK.gather(2, place[..., None])[..., 0]
-        wanted["attn_entropy"][b, :, rows] = (score - largest.log() - mean_score).clamp_(min=0)
+        wanted["attn_entropy"][b, :, rows] = (score - largest.log().clamp_(min=LOWEST) - mean_score).clamp_(min=0)
 
 
 def _share(function: Callable[[slice], None], n: int) -> None:
