@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from headwater.extractor.edit_places import digest_source
+from headwater.extractor.edits import Edit, identity
 from headwater.extractor.selection import Selection
 from headwater.extractor.settings import TEXT_ONLY, flag_of, read_per_site, read_setting
 from headwater.extractor.sites import PRESETS, SITES, SQUARE, VECTOR, RequestError
@@ -24,7 +26,7 @@ class RunConfig:
 
     `text` are files, directories, globs or "-"; `tokens` a .npy file of ids [sequence, position] instead. `sites`
     wins over `preset`. `dtype` and `codec` are a default and exceptions, such as "float16,resid=float32". `block` is
-    the number of sequences that are committed together.
+    the number of sequences that are committed together. `edits` change the forward pass: lines, tables or Edit objects.
     """
 
     out: str | os.PathLike[str]
@@ -38,6 +40,7 @@ class RunConfig:
     depths: str | None = None
     heads: str | None = None
     positions: str | None = None
+    edits: Sequence[Edit | str | Mapping[str, Any]] = ()
     seq_len: int | None = None
     mode: str = "pack"
     within_documents: bool = False
@@ -90,6 +93,7 @@ class RunConfig:
 
     def canonical(self, selection: Selection, seq_len: int, block: int) -> dict[str, Any]:
         """Return what fixes the bytes of a run beside weights and tokens, with every default filled in."""
+        edits = [identity(edit, digest_source) for edit in self.edits if isinstance(edit, Edit)]
         return {
             "sites": list(selection.sites),
             "layers": list(selection.layers),
@@ -103,6 +107,7 @@ class RunConfig:
             "block": block,
             "top_k": self.top_k if {"top_logits", "top_tokens"} & set(selection.sites) else None,
             "on_overflow": self.on_overflow,
+            **({"edits": edits} if edits else {}),
         }
 
     def to_json(self) -> dict[str, Any]:

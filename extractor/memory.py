@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,9 @@ import torch
 from headwater.extractor.batch import make_batch
 from headwater.extractor.capture import CaptureTap
 from headwater.extractor.config import RunConfig
+from headwater.extractor.edit_places import encode_edits
+from headwater.extractor.editor import Editor
+from headwater.extractor.edits import Edit, read_edits
 from headwater.extractor.model import COMPUTE, Model
 from headwater.extractor.plan import Plan, geometry, make_plan
 from headwater.extractor.sites import RequestError
@@ -69,13 +72,14 @@ def capture(
     dtype: str = "float32",
     top_k: int = 10,
     tokenizer: str | None = None,
+    edits: Sequence[Edit | str | Mapping[str, Any]] = (),
 ) -> Any:
     """Run texts through a model and return what happens inside as an xarray.Dataset with named dimensions.
 
     `model` is what `headwater extract` takes, or a Model, whose compute type then counts. `text` is one text, several
     (one sequence each, padded at the right), or token ids [sequence, position] with −1 for padding. The other arguments
-    are those of `headwater extract`. Texts longer than the model's n_ctx are cut there. Raises RequestError for what
-    does not fit the model.
+    are those of `headwater extract`; `edits` change what flows through the model. Texts longer than
+    the model's n_ctx are cut there. Raises RequestError for what does not fit the model.
     """
     import xarray
 
@@ -87,7 +91,7 @@ def capture(
     tokens, row_start = (np.concatenate([getattr(r, name) for r in rows]) for name in ("tokens", "row_start"))
     config = RunConfig(
         out=".", sites=sites, layers=layers, depths=depths, heads=heads, positions=positions, dtype=dtype,
-        top_k=top_k,
+        top_k=top_k, edits=encode_edits(read_edits(edits), coder),
     )  # fmt: skip
     n, length = tokens.shape
     plan = make_plan(config, loaded.config, replace(geometry(config, loaded.config, length), block=n, micro=n), n)
@@ -110,7 +114,8 @@ def capture(
 
 def run_in_memory(model: Model, plan: Plan, tokens: np.ndarray, row_start: np.ndarray) -> MemorySink:
     """Run rows of tokens as one batch and return the arrays of a plan."""
-    batch = make_batch(tokens, row_start, tile_edge(tokens.shape[1]))
+    editor = Editor(plan.edits, model, tokens.shape[1])
+    batch = editor.hook(make_batch(tokens, row_start, tile_edge(tokens.shape[1])))
     sink = MemorySink(plan.arrays)
     specs = {spec.name: spec for spec in plan.arrays}
     tap = CaptureTap(plan.selection, specs, sink, plan.canonical["top_k"] or 1, keep_overflow=True)

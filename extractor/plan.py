@@ -11,6 +11,8 @@ from typing import Any
 
 from headwater.extractor.batch import attention_rows, padded
 from headwater.extractor.config import RunConfig
+from headwater.extractor.edit_places import place_edits
+from headwater.extractor.edits import REFERENCE, Edit
 from headwater.extractor.selection import Selection, select
 from headwater.extractor.sites import SITES, RequestError
 from headwater.extractor.units import show_bytes
@@ -48,6 +50,7 @@ class Plan:
     canonical: dict[str, Any]
     host_bytes: int
     text_bytes: int
+    edits: tuple[Edit, ...] = ()
 
     @property
     def n_blocks(self) -> int:
@@ -104,12 +107,15 @@ def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequence
     )
     if {"top_logits", "top_tokens"} & set(selection.sites) and config.top_k > model.d_vocab:
         raise RequestError(f"--top-k is {config.top_k}, but the vocabulary has {model.d_vocab} tokens.")
+    edits = tuple(edit for edit in config.edits if isinstance(edit, Edit))
+    place_edits(edits, model, shape.seq_len)
     arrays = tuple(_spec(site, config, model, selection, shape, n_sequences) for site in selection.sites)
     canonical = config.canonical(selection, shape.seq_len, shape.block)
     host = host_bytes(config, model, selection, shape, arrays)
     if config.workers and config.ray is None:
         host = host * config.workers + BASE_BYTES + 4 * sum(prod(s) for s in model.shapes().values())
-    return Plan(model, selection, shape, arrays, n_sequences, canonical, host, text_bytes(arrays, shape, n_sequences))
+    text = text_bytes(arrays, shape, n_sequences)
+    return Plan(model, selection, shape, arrays, n_sequences, canonical, host, text, edits)
 
 
 def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int) -> int:
@@ -151,7 +157,8 @@ def host_bytes(
     n_weights = sum(prod(s) for s in model.shapes().values())
     weights = 4 * n_weights + (item * n_weights if config.compute != "fp32" else 0)
     weights += model.d_vocab * d * (item if config.compute != "fp32" else 0)
-    stream = 4 * shape.block * wide * d
+    reference = any(isinstance(edit, Edit) and edit.op in REFERENCE for edit in config.edits)
+    stream = 4 * shape.block * wide * d * (2 if reference else 1)
     rows = shape.micro * wide
     work = rows * (6 * d * 4 + 3 * d * (4 + item) + 2 * model.d_mlp * item + 2 * d * item)
     queries = attention_rows(shape.seq_len)

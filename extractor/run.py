@@ -15,11 +15,14 @@ import torch
 
 from headwater.extractor import hub
 from headwater.extractor.config import RunConfig
+from headwater.extractor.edit_places import encode_edits
+from headwater.extractor.edits import read_edits
 from headwater.extractor.model import Model
 from headwater.extractor.plan import Geometry, Plan, available_memory, check_resources, geometry, make_plan
 from headwater.extractor.sites import RequestError
 from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, outside, text_request
 from headwater.extractor.texts import STDIN, describe_sources, expand_paths
+from headwater.extractor.tokenizer import load_tokenizer
 from headwater.extractor.units import show_bytes
 from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
 from headwater.extractor.worker import Worker
@@ -52,7 +55,9 @@ Notify = Callable[[str], None]
 def plan_run(config: RunConfig) -> Plan:
     """Plan a run without writing anything: its text is tokenised and counted, the weights are not read."""
     model, place = read_config(config.model, config.revision), hub.locate(config.model, config.revision)
-    source = Source(config, model, hub.find_tokenizer(place.parent if place.is_file() else place))
+    home = hub.find_tokenizer(place.parent if place.is_file() else place)
+    config = _encoded(config, home)
+    source = Source(config, model, home)
     make_plan(config, model, source.geometry, 1)
     return make_plan(config, model, source.geometry, count_rows(source))
 
@@ -70,6 +75,7 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     if started:
         config = _stored_request(config, run)
     checkpoint = load_checkpoint(config.model, config.revision)
+    config = _encoded(config, checkpoint.tokenizer)
     if not started:
         _check_before(config, checkpoint, run)
     elif _finished(manifest := check_same(config, checkpoint, run), run):
@@ -95,6 +101,15 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
                 raise
         _compute(config, checkpoint, run, manifest, observe)
     return open_run(run)
+
+
+def _encoded(config: RunConfig, home: Path | None) -> RunConfig:
+    """Write the prompts of edits as ids."""
+    edits = read_edits(config.edits)
+    if not any(isinstance(edit.value, str) and edit.value.startswith("text:") for edit in edits):
+        return config
+    place = config.tokenizer or home
+    return replace(config, edits=encode_edits(edits, None if place is None else load_tokenizer(place)))
 
 
 def _make_directory(run: Path) -> list[Path]:
@@ -127,9 +142,10 @@ def check_same(config: RunConfig, checkpoint: Checkpoint, run: Path) -> Manifest
     wanted = replace(config, block=config.block or manifest.block)
     if config.tokens is None:
         shape = replace(geometry(wanted, checkpoint.config), micro=manifest.micro)
-    asked = make_plan(wanted, checkpoint.config, shape, 1).canonical
+    asked = {"edits": []} | make_plan(wanted, checkpoint.config, shape, 1).canonical
     asked |= {"model weights": checkpoint.digest[:12], **text_request(config)}
-    stored = manifest.config | {"model weights": manifest.model["digest"][:12], **manifest.text["request"]}
+    stored = {"edits": []} | manifest.config | manifest.text["request"]
+    stored |= {"model weights": manifest.model["digest"][:12]}
     if differing := _differing(stored, asked):
         listed = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
         raise RunError(
@@ -239,6 +255,7 @@ def _stored_request(config: RunConfig, run: Path) -> RunConfig:
         on_overflow=c["on_overflow"],
         dtype=",".join(f"{site}={dtype}" for site, dtype in c["dtype"].items() if dtype != "int32") or config.dtype,
         codec=",".join(f"{site}={codec}" for site, codec in c["codec"].items()), top_k=c["top_k"] or config.top_k,
+        edits=tuple(item["edit"] for item in c.get("edits", ())),
         **text,
     )  # fmt: skip
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from headwater.extractor.edits import read_edits
 from headwater.extractor.sites import PRESETS, SITES, RequestError, split_names
 from headwater.store.layout import CODECS
 
@@ -40,6 +41,8 @@ def read_setting(name: str, value: Any, optional: bool) -> Any:
         return _count(name, value)
     if name in SWITCHES:
         return value if isinstance(value, bool) else _refuse(name, value, "true or false")
+    if name == "edits":
+        return read_edits(value)
     if name in LISTS:
         return _names(name, value)
     if name in SELECTIONS:

@@ -13,6 +13,7 @@ import zarr
 
 from headwater.extractor.batch import Batch, make_batch, padded
 from headwater.extractor.capture import CaptureTap
+from headwater.extractor.editor import Editor
 from headwater.extractor.model import Model
 from headwater.extractor.plan import Plan
 from headwater.extractor.selection import Selection
@@ -31,6 +32,7 @@ class Worker:
     def __init__(self, run: Path, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False) -> None:
         self.run, self.manifest, self.plan, self.model = run, manifest, plan, model
         self.keep_overflow = keep_overflow
+        self.editor = Editor(plan.edits, model, manifest.n_positions)
         self.writer = BlockWriter(run, manifest.arrays, manifest.block)
         self._tokens = zarr.open_array(run / "tokens", mode="r")
         self._row_start = zarr.open_array(run / "row_start", mode="r")
@@ -97,7 +99,7 @@ class Worker:
         tokens, row_start = (np.asarray(a[first:last]) for a in (self._tokens, self._row_start))
         edge, micro = tile_edge(self.manifest.n_positions), self.manifest.micro
         return [
-            (at, make_batch(tokens[at : at + micro], row_start[at : at + micro], edge))
+            (at, self.editor.hook(make_batch(tokens[at : at + micro], row_start[at : at + micro], edge), first + at))
             for at in range(0, last - first, micro)
         ]
 

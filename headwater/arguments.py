@@ -184,6 +184,12 @@ def _add_extraction(parser: Parser) -> None:
                              "each sequence (default: all)"),
         "--top-k": ("K", "how many of the largest logits top_logits keeps (default: 10)"),
     })  # fmt: skip
+    part = parser.add_argument_group("what to change on the way (docs/interventions.md)")
+    part.add_argument(
+        "--edit", dest="edits", action="append", metavar="EDIT",
+        help="change a value, once or several times: 'resid[4] position=first dim=447 scale=0.5'. A site, then any of "
+        "position, token, head, dim, key, then scale, set, zero, add, mean, patch, freeze, linearise, noise or call",
+    )  # fmt: skip
     group("how to compute and store", {
         "--compute": ("C", "fp32, bf16 or fp16 for products with weights; the rest is fp32 (default: fp32)"),
         "--dtype": ("D", "float16 or float32, with exceptions: float16,resid=float32 (default: float16)"),
