@@ -60,8 +60,7 @@ def weights_of(checkpoint: Checkpoint, n_directions: int = 30, n_top: int = 20) 
     n_top = min(n_top, c.d_vocab)
     for family in families:
         rank = (*family.dims[:-1], "mlp_rank" if family.name.startswith("w_") else "rank")
-        matrix = "wte.weight" if family.through == "W_E" or c.tied else "lm_head.weight"
-        tokens, logits = read_tokens(family.directions, checkpoint.tensors[matrix], n_top)
+        tokens, logits = read_tokens(family.directions, unembedding(checkpoint, family.through), n_top)
         data[family.name] = (*rank, "d_model"), family.directions.numpy(), {"through": family.through}
         data[f"{family.name}_token"] = ("sign", *rank, "top"), tokens
         data[f"{family.name}_logit"] = ("sign", *rank, "top"), logits
@@ -70,7 +69,8 @@ def weights_of(checkpoint: Checkpoint, n_directions: int = 30, n_top: int = 20) 
     layers = np.arange(c.n_layer)
     coords = {"layer": layers, "layer_fraction": ("layer", (layers + 0.5) / c.n_layer), "head": np.arange(c.n_head),
               "other_head": np.arange(c.n_head), "fold": list(FOLDS), "sign": [1, -1]}  # fmt: skip
-    return xarray.Dataset(data, coords, _provenance(checkpoint, n_directions, n_top))
+    arguments = {"n_directions": n_directions, "n_top": n_top}
+    return xarray.Dataset(data, coords, model_provenance(checkpoint, "weights", arguments, CONVENTIONS))
 
 
 def read_tokens(directions: torch.Tensor, matrix_VD: torch.Tensor, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +87,12 @@ def read_tokens(directions: torch.Tensor, matrix_VD: torch.Tensor, n: int) -> tu
         values.append(torch.stack([top.values for top in tops]))
     shape = (2, *directions.shape[:-1], n)
     return torch.cat(ids, 1).reshape(shape).numpy(), torch.cat(values, 1).reshape(shape).numpy()
+
+
+def unembedding(checkpoint: Checkpoint, through: str = "W_U") -> torch.Tensor:
+    """Return W_E or W_U with a row for every token: [d_vocab, d_model]."""
+    tied = through == "W_E" or checkpoint.config.tied
+    return checkpoint.tensors["wte.weight" if tied else "lm_head.weight"]
 
 
 def token_strings(checkpoint: Checkpoint) -> np.ndarray | None:
@@ -144,16 +150,18 @@ def _decompose(checkpoint: Checkpoint, n: int) -> tuple[list[Family], dict[str, 
     return families, spectra
 
 
-def _provenance(checkpoint: Checkpoint, n_directions: int, n_top: int) -> dict[str, Any]:
-    """Return the attributes of a result that comes from a model alone."""
+def model_provenance(
+    checkpoint: Checkpoint, analysis: str, arguments: dict[str, Any], conventions: str
+) -> dict[str, Any]:
+    """Return the attributes of a result that comes from a model's weights."""
     import xarray
 
     versions = {"headwater": headwater.__version__, "numpy": np.__version__, "torch": torch.__version__,
                 "xarray": xarray.__version__}  # fmt: skip
     return {
-        "analysis": "weights",
-        "arguments": json.dumps({"n_directions": n_directions, "n_top": n_top}, sort_keys=True),
-        "conventions": CONVENTIONS,
+        "analysis": analysis,
+        "arguments": json.dumps(arguments, sort_keys=True),
+        "conventions": conventions,
         "passes": 0,
         "model": checkpoint.name,
         "model_digest": checkpoint.digest,
