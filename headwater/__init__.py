@@ -1,7 +1,7 @@
 """Headwater turns what happens inside GPT-2-family models into Zarr data.
 
-`extract` makes a run on disk, `open_run` reads one, `capture` gives a dataset in memory. Nothing heavy is imported
-until one of them is used.
+`extract` makes a run on disk, `open_run` reads one, `stream` hands its vectors out in shuffled batches, `capture` gives
+a dataset in memory. Nothing heavy is imported until one of them is used.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from headwater.analysis.stream import stream
     from headwater.extractor.config import RunConfig
     from headwater.extractor.memory import capture
     from headwater.extractor.run import extract
@@ -23,8 +24,9 @@ _HOMES = {
     "extract": "headwater.extractor.run",
     "Run": "headwater.store.reader",
     "open_run": "headwater.store.reader",
+    "stream": "headwater.analysis.stream",
 }
-__all__ = ["Run", "RunConfig", "__version__", "capture", "extract", "open_run"]
+__all__ = ["Run", "RunConfig", "__version__", "capture", "extract", "open_run", "stream"]
 
 
 def __getattr__(name: str) -> Any:

@@ -96,6 +96,12 @@ class Run:
 
         return xarray.open_zarr(self.path, chunks=None)
 
+    def stream(self, site: str = "resid", batch_tokens: int = 4096, **options: Any) -> Any:
+        """Stream a site's vectors in shuffled batches, as a torch IterableDataset; see `headwater.stream`."""
+        import headwater
+
+        return headwater.stream(self, site, batch_tokens, **options)
+
     def _open_shard(self, path: str, n_chunks: int) -> tuple[np.ndarray, np.ndarray]:
         """Map a shard: its bytes (uint8) and its index [chunk, (offset, bytes)]; raise FileNotFoundError without it."""
         try:
