@@ -39,11 +39,12 @@ _DERIVED = {"resid_": "resid", "attn_": "pattern or attn_scores", "loss": "resid
 class Edit:
     """One change of the forward pass: `op` with its `value`, at a site, where the selections say.
 
-    `site` may carry its layers or depths: `resid[4]`, `z[0,3:6]`, or a TransformerLens name. Selections are written as
-    everywhere (`0,4:8,-1`); `positions` can also be `first` (each row's first visible key) or `last`, `tokens` are ids,
-    `keys` select the keys of `pattern` and `attn_scores`. Without a selection, all are meant. `value` is what the op
-    takes (see OPS): a number, a path, ids:…, text:…, or in Python an array or a function. Of a source, `sequence` takes
-    one row for all and `source` one position for all. `seed` is the noise's, `factor` stretches what `add` adds.
+    `site` may carry its layers or depths: `resid[4]`, `z[0,3:6]`, or a TransformerLens name. Selections are whole
+    numbers, lists of them, or text as everywhere (`0,4:8,-1`); `positions` can also be `first` (each row's first
+    visible key) or `last`, `tokens` are ids, `keys` select the keys of `pattern` and `attn_scores`. Without a
+    selection, all are meant. `value` is what the op takes (see OPS): a number, a path, ids:…, text:…, or in Python an
+    array or a function. Of a source, `sequence` takes one row for all and `source` one position for all. `seed` is the
+    noise's, `factor` stretches what `add` adds.
 
     Raises RequestError, which names the edit, for anything that no model could do.
     """
@@ -51,12 +52,12 @@ class Edit:
     site: str
     op: str
     value: Any = None
-    at: str | None = None
-    positions: str | None = None
-    tokens: str | None = None
-    heads: str | None = None
-    dims: str | None = None
-    keys: str | None = None
+    at: Any = None
+    positions: Any = None
+    tokens: Any = None
+    heads: Any = None
+    dims: Any = None
+    keys: Any = None
     sequence: int | None = None
     source: int | None = None
     seed: int = 0
