@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from headwater.benchmarks.registry import BENCHMARKS, load
+from headwater.cli import settle_threads
 
 
 def main(arguments: list[str]) -> int:
@@ -14,6 +15,7 @@ def main(arguments: list[str]) -> int:
         for name, (_, text) in BENCHMARKS.items():
             print(f"  {name:10} {text}")
         return 0 if not arguments or arguments[0] in ("-h", "--help") else 2
+    settle_threads()
     return int(load(arguments[0])(arguments[1:]))
 
 

@@ -219,9 +219,8 @@ def _spec(
         "d_mlp": model.d_mlp, "rank": config.top_k,
     }  # fmt: skip
     attributes = {"title": site.title, "transformer_lens": site.alias} if site.alias else {"title": site.title}
-    return make_spec(
-        name, dims, sizes, config.dtype_of(name), config.codec_of(name), site.fill, shape.block, attributes
-    )
+    block = min(shape.block, 1 << (n_sequences - 1).bit_length())  # a run shorter than a block has shorter chunks
+    return make_spec(name, dims, sizes, config.dtype_of(name), config.codec_of(name), site.fill, block, attributes)
 
 
 def _power_of_two(n: int) -> int:

@@ -290,7 +290,8 @@ class RayPool:
 
     def _hire(self) -> None:
         threads = str(self._threads)
-        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        variables |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
         options = {"num_cpus": 1 if self._local else self._threads, "max_restarts": 0}
         actor_class = self._ray.remote(BlockActor).options(**options, runtime_env={"env_vars": variables})
         config = asdict(self._config)

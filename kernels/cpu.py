@@ -83,7 +83,7 @@ def _attend_rows(
     scores = workspace.get("scores", (n_head, n_rows, n_keys), q.dtype) if peaks else pattern
     torch.baddbmm(scores, q, k_NTH[:, keys].transpose(1, 2), beta=0, alpha=scale, out=scores)
     if block.hidden is None:
-        scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype))
+        scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype, -math.inf if on_scores or not peaks else LOWEST))
     else:
         scores.add_(block.hidden)
     if edit_scores is not None:
@@ -99,7 +99,7 @@ def _attend_rows(
     torch.bmm(pattern, v_NTH[:, keys], out=values)
     z_BTNH[b, rows] = values.transpose(0, 1)
     if peaks:
-        _fill_peaks(b, block, scores, pattern, wanted)
+        _fill_peaks(b, block, scores, pattern, block.hidden is not None or on_scores is not None, wanted)
     if wanted:
         _fill_statistics(b, block, pattern, row_start_T, wanted)
     if on_pattern is not None:
@@ -107,15 +107,21 @@ def _attend_rows(
 
 
 def _fill_peaks(
-    b: int, block: RowBlock, scores_NQK: torch.Tensor, pattern_NQK: torch.Tensor, wanted: dict[str, torch.Tensor]
+    b: int,
+    block: RowBlock,
+    scores_NQK: torch.Tensor,
+    pattern_NQK: torch.Tensor,
+    hidden: bool,
+    wanted: dict[str, torch.Tensor],
 ) -> None:
-    """Find each row's largest probability, its key, and its entropy; `scores_NQK` is used up.
+    """Find each row's largest probability, its key, and its entropy; `scores_NQK`, −inf where `hidden`, is used up.
 
     Entropy needs no logarithm of the pattern: H = max s − ln max p − Σ p s. numpy's argmax and vecdot vectorise where
     torch's do not; the heads are shared among as many threads as torch has.
     """
     n_head, n_rows, _ = scores_NQK.shape
-    (scores_NQK if block.hidden is not None else scores_NQK[:, :, -n_rows:]).clamp_(min=LOWEST)
+    if hidden:
+        (scores_NQK if block.hidden is not None else scores_NQK[:, :, -n_rows:]).clamp_(min=LOWEST)
     place = torch.empty(n_head, n_rows, dtype=torch.int64)
     mean_score = torch.empty(n_head, n_rows, dtype=scores_NQK.dtype)
     scores, pattern, places, means = (x.numpy() for x in (scores_NQK, pattern_NQK, place, mean_score))
@@ -195,5 +201,5 @@ def _fill_points(
 
 
 @lru_cache
-def _triangle(n: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((n, n), -math.inf, dtype=dtype).triu_(1)
+def _triangle(n: int, dtype: torch.dtype, above: float) -> torch.Tensor:
+    return torch.full((n, n), above, dtype=dtype).triu_(1)

@@ -64,6 +64,18 @@ def test_a_million_blocks_are_planned_at_once():
     assert sum(plan.array_bytes().values()) == 10**6 * sum(one.array_bytes().values())
 
 
+def test_a_run_shorter_than_a_block_has_shorter_chunks():
+    config, shape = RunConfig("run", preset="statistics"), Geometry(16, 1024, 128)
+    for n in (1, 3, 1000):
+        plan = make_plan(config, SMALL, shape, n)
+        whole = 1 << (n - 1).bit_length()
+        assert {spec.sequences_per_shard for spec in plan.arrays} == {whole} and plan.n_blocks == 1
+        assert all(spec.sequences_per_chunk <= whole for spec in plan.arrays)
+    assert make_plan(config, SMALL, shape, 1).total_bytes < 2 * MIB
+    longer = [make_plan(config, SMALL, shape, n).arrays for n in (1024, 5000)]
+    assert [s.shard for s in longer[0]] == [s.shard for s in longer[1]]
+
+
 def test_geometry_is_of_the_model_not_of_the_run():
     config = RunConfig("run")
     assert geometry(config, SMALL) == Geometry(1024, 16, 2)
