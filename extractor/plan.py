@@ -124,7 +124,7 @@ def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int)
     for width in (4 * shape.seq_len, 4 * shape.seq_len, 4, 8, 8):
         rows = min(max(PLAIN_CHUNK_BYTES // width, 1), n_sequences)
         total += -(-n_sequences // rows) * (rows * width + 4)
-    shards = sum(len(spec.block_shards(0, shape.block)) for spec in arrays)
+    shards = sum(len(spec.block_shards(0, min(shape.block, n_sequences))) for spec in arrays)
     return total + n_blocks * (shape.block + 4 + 512 + 80 * shards) + METADATA_BYTES * (16 + len(arrays))
 
 
