@@ -28,6 +28,10 @@ class RunError(ValueError):
     """A directory is not a run, or not one that can be used as asked; the message says what to do next."""
 
 
+class RunDamaged(RuntimeError):
+    """A run's own description cannot be trusted; the message names the file and says what to do."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The run's constant description, `headwater/manifest.json`; its presence commits stage 0.
@@ -70,7 +74,8 @@ def manifest_path(run: Path) -> Path:
 
 
 def read_manifest(run: Path) -> Manifest:
-    """Read a run's manifest; raise RunError where there is none, or one of another version."""
+    """Read a run's manifest; raise RunError where there is none, or one of another version,
+    RunDamaged where it does not match its checksum."""
     path = manifest_path(run)
     if not run.is_dir():
         raise RunError(
@@ -88,7 +93,7 @@ def read_manifest(run: Path) -> Manifest:
             "the path, or run `headwater extract` again with the same arguments."
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
+        raise RunDamaged(
             f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
             "copy, or extract the run anew."
         ) from error

@@ -93,8 +93,7 @@ def test_damaged_bookkeeping_is_named(cli, place):
     Path("run/headwater/manifest.json").write_text("{}")
     for command in ("status", "info", "verify"):
         result = cli(command, "run")
-        result.error(result.code, "manifest.json cannot be read", "damaged")
-        assert result.code in (1, 2)
+        result.error(1, "manifest.json cannot be read", "damaged")
 
 
 @pytest.mark.parametrize(

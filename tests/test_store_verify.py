@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import headwater
 from headwater.benchmarks import faults
-from headwater.store.manifest import RunError
+from headwater.store.manifest import RunDamaged, RunError
 from headwater.store.verify import repair, verify
 
 SHARD, OTHER, PACKED = "resid/c/0/1/0/0", "resid/c/0/0/0/0", "pattern/c/0/1/0/0/0"
@@ -170,7 +170,7 @@ def test_no_bit_of_the_bookkeeping_is_trusted_blindly(made, data):
         flip(path, data.draw(st.integers(0, len(before) - 1)), data.draw(st.integers(0, 7)))
         try:
             again = headwater.open_run(run)
-        except RunError as error:
+        except (RunDamaged, RunError) as error:
             assert "manifest.json" in str(error)
         else:
             assert repr(again.manifest) == repr(said)
