@@ -51,11 +51,19 @@ class Heads(Reducer):
     name = "heads"
     sites = ("pattern",)
 
-    def __init__(self, run: Run, layers: Sequence[int], n_sequences: int, n_queries: int, n_keys: int) -> None:
+    def __init__(
+        self,
+        run: Run,
+        layers: Sequence[int],
+        n_sequences: int,
+        n_queries: int,
+        n_keys: int,
+        queries: Sequence[int] | None = None,
+    ) -> None:
         self.leads, self.n_keys = tuple(layers), n_keys
         self.n_head, self.length = run["pattern"].shape[2], run.manifest.n_positions
         self.tokens = 2 * self.length
-        self.queries = np.unique(np.linspace(1, self.length - 1, n_queries).round().astype(np.int64))
+        self.queries = sampled_queries(self.length, n_queries, queries)
         starts = [at for b in range(run.manifest.n_blocks) for at in range(*run.manifest.block_range(b), 2)]
         wanted = max(-(-n_sequences // 2), 1)
         chosen = np.unique(np.linspace(0, len(starts) - 1, min(wanted, len(starts))).round().astype(np.int64))
@@ -129,19 +137,36 @@ class Heads(Reducer):
         return state
 
 
+def sampled_queries(length: int, n_queries: int, queries: Sequence[int] | None = None) -> np.ndarray:
+    """Return `n_queries` evenly spaced positions from 1 on, or those that are named; raise ValueError for others."""
+    if queries is None:
+        return np.unique(np.linspace(1, length - 1, n_queries).round().astype(np.int64))
+    named = np.unique(np.array(list(queries), np.int64))
+    if not len(named) or not 1 <= named[0] <= named[-1] < length:
+        raise ValueError(f"queries are {named.tolist()}; expected positions from 1 to {length - 1}.")
+    return named
+
+
+def pattern_layers(run: Run, layers: Iterable[int] | None) -> list[int]:
+    """Return the layers asked for, all by default; raise RunError where the run holds no pattern of them."""
+    need_sites(run, "pattern")
+    stored = run.leads("pattern")
+    chosen = stored if layers is None else list(layers)
+    if not chosen or set(chosen) - set(stored):
+        raise RunError(f"{run.path} holds pattern at layers {stored}, but {chosen} was asked for.")
+    return chosen
+
+
 def heads_analysis(
     run: Run,
     layers: Iterable[int] | None = None,
     n_sequences: int = N_SEQUENCES,
     n_queries: int = N_QUERIES,
     n_keys: int = N_KEYS,
+    queries: Sequence[int] | None = None,
 ) -> Analysis:
     """Describe `heads` for the engine; it takes one pass."""
-    need_sites(run, "pattern")
-    stored = run.leads("pattern")
-    chosen = stored if layers is None else list(layers)
-    if not chosen or set(chosen) - set(stored):
-        raise RunError(f"{run.path} holds pattern at layers {stored}, but {chosen} was asked for.")
+    chosen = pattern_layers(run, layers)
     if run["pattern"].shape[2] < 2:
         raise RunError(f"{run.path} holds the pattern of one head; heads compares several. Extract with more --heads.")
     if n_sequences < 1 or n_queries < 1 or n_keys < MIN_KEYS:
@@ -149,13 +174,15 @@ def heads_analysis(
             f"n_sequences, n_queries, n_keys are {n_sequences}, {n_queries}, {n_keys}; expected at least 1, 1 and "
             f"{MIN_KEYS}."
         )
-    leads = [stored.index(layer) for layer in chosen]
+    leads = [run.leads("pattern").index(layer) for layer in chosen]
+    reducer = Heads(run, leads, n_sequences, n_queries, n_keys, queries)
 
     def steps() -> Steps:
-        (state,) = yield [Heads(run, leads, n_sequences, n_queries, n_keys)]
+        (state,) = yield [reducer]
         return _dataset(run, leads, state, analysis)
 
-    arguments = {"layers": chosen, "sequences": n_sequences, "queries": n_queries, "keys": n_keys, "tau": TAU,
+    asked = n_queries if queries is None else reducer.queries.tolist()
+    arguments = {"layers": chosen, "sequences": n_sequences, "queries": asked, "keys": n_keys, "tau": TAU,
                  "q": Q_VALUE, "mass": MASS}  # fmt: skip
     analysis = Analysis("heads", 1, steps, arguments)
     return analysis
@@ -168,14 +195,16 @@ def heads(
     n_queries: int = N_QUERIES,
     n_keys: int = N_KEYS,
     scan: Scan = ONE_BY_ONE,
+    queries: Sequence[int] | None = None,
 ) -> Any:
     """Compare all heads of each layer on sampled rows of stored patterns, in one pass.
 
+    `queries` names the positions of the rows, instead of `n_queries` evenly spaced ones.
     Returns a dataset with cosine, js, same_argmax, tau and argmax_information [layer, head, other_head], each with its
     null, same_argmax_excess, p, q, inverted, and non_sink_mass [layer, head].
     """
     run = as_run(run)
-    return analyse(run, [heads_analysis(run, layers, n_sequences, n_queries, n_keys)], scan)[0]
+    return analyse(run, [heads_analysis(run, layers, n_sequences, n_queries, n_keys, queries)], scan)[0]
 
 
 def inverted_pairs(result: Any) -> list[tuple[int, int, int]]:

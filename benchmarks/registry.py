@@ -7,6 +7,7 @@ from importlib import import_module
 
 BENCHMARKS = {
     "extract": ("bench_extract", "extraction to disk against forward passes that capture nothing"),
+    "inverted": ("train_inverted_heads", "toy models whose two heads must rank tokens in opposite orders"),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
     "workers": ("bench_workers", "two Ray workers against one, and what a block costs beside its own work"),
 }
