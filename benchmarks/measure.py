@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ def ratio(seconds: Mapping[str, list[float]], case: str, to: str) -> float:
     return statistics.median(b / a for a, b in zip(seconds[case], seconds[to], strict=True))
 
 
-def gemm_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32) -> float:
-    """Return the FLOP/s that this machine reaches in one large matrix product: the limit of a forward pass."""
+def gemm_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32, limit: float = 3.0) -> float:
+    """Return the FLOP/s of the best of 12 large matrix products (fewer after `limit` seconds): a forward's limit."""
     a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
     out = torch.empty(rows, columns, dtype=dtype)
-    best = min(_timed(lambda: torch.mm(a, b, out=out)) for _ in range(12))
-    return 2 * rows * inner * columns / best
+    end, seconds = time.perf_counter() + limit, list[float]()
+    while not seconds or (len(seconds) < 12 and time.perf_counter() < end):
+        seconds.append(_timed(lambda: torch.mm(a, b, out=out)))
+    return 2 * rows * inner * columns / min(seconds)
 
 
 def peak_bytes() -> int:
@@ -69,13 +71,29 @@ def machine() -> dict[str, str]:
     }
 
 
-def write_csv(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS) -> Path:
-    """Write dated results with the machine's name in every row; return the file."""
+def results_folder() -> Path:
+    """Return where results are written: benchmarks/results, or HEADWATER_RESULTS."""
+    return Path(os.environ.get("HEADWATER_RESULTS") or RESULTS)
+
+
+def write_csv(
+    name: str, rows: list[dict[str, Any]], folder: Path | None = None, keys: Sequence[str] | None = None
+) -> Path:
+    """Write dated results with the machine's name in every row; return the file.
+
+    With `keys`, rows of the same day that differ in one of these columns are kept: a table can be measured in parts.
+    """
+    folder = folder or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{date.today().isoformat()}.csv"
     full = [machine() | row for row in rows]
+    if keys and path.exists():
+        replaced = {tuple(str(row[key]) for key in keys) for row in rows}
+        with path.open(newline="") as file:
+            old = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in replaced]
+        full = [*old, *full]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(full[0]))
+        writer = csv.DictWriter(file, list(dict.fromkeys(column for row in full for column in row)))
         writer.writeheader()
         writer.writerows(full)
     return path

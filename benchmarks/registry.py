@@ -8,8 +8,21 @@ from importlib import import_module
 BENCHMARKS = {
     "extract": ("bench_extract", "extraction to disk against forward passes that capture nothing"),
     "inverted": ("train_inverted_heads", "toy models whose two heads must rank tokens in opposite orders"),
+    "peers": ("bench_peers", "the same captures by transformers, TransformerLens, nnsight, SAELens and Headwater"),
+    "survive": ("bench_survive", "what is left of captures that are killed, and what running them again does"),
+    "store": (
+        "bench_store",
+        "write, stream and pick from one array: Headwater, zarr-python, zarrs, tensorstore, h5py …",
+    ),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
     "workers": ("bench_workers", "two Ray workers against one, and what a block costs beside its own work"),
+}
+_STORE = ("tests/test_store_shard.py", "tests/test_store_readers.py")
+# What must pass in a commit before its figures are compared with others.
+TESTS = {
+    "extract": ("tests/test_extractor_model.py", "tests/test_kernels_cpu.py", *_STORE),
+    "shard": _STORE,
+    "store": _STORE,
 }
 
 

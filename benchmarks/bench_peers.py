@@ -1,0 +1,348 @@
+"""Headwater and its peers on the same work: same model, ids and stored dtype, checked against float64 before timing.
+
+Every peer is a process in its own environment. A timed step takes token ids to files on disk, fsync included, and each
+step stands between two steps of transformers' plain SDPA forward, which captures nothing: `x_plain` is the median over
+rounds of the mean of those two over the step. Loading models is not timed. `--prepare` makes environments, models and
+references, so that a later call only measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.benchmarks.bench_extract import SIZES, make_model
+from headwater.benchmarks.environments import (
+    HEADWATER,
+    PEERS,
+    PLAIN,
+    Peer,
+    PeerMissing,
+    cache_folder,
+    python_of,
+    version_of,
+)
+from headwater.benchmarks.limits import limits
+from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks.peer_process import PeerProcess
+from headwater.benchmarks.truth import STATISTICS, Truth
+
+READS = 48
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is captured: the function of the drivers, the sites to check, positions and sequences."""
+
+    function: str
+    sites: tuple[str, ...]
+    seq_len: int
+    n: int
+
+    @property
+    def batch(self) -> int:
+        """Sequences that peers take at once."""
+        return max(2048 // self.seq_len, 1)
+
+
+WORKLOADS = {
+    "residual": Workload("residual", ("resid",), 1024, 4),
+    "patterns": Workload("patterns", ("resid", "pattern"), 1024, 4),
+    "short": Workload("residual", ("resid",), 128, 64),
+    "statistics": Workload("only_statistics", STATISTICS, 1024, 4),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files that every process reads: the model, the ids once and repeated, and the reference."""
+
+    model: Path
+    ids: Path
+    repeated: Path
+    truth: Truth
+
+
+def prepare(work: Workload, size: str, steps: int, cache: Path) -> Inputs:
+    """Make a random model, random ids and their float64 reference, or find them in the cache."""
+    model = prepare_model(size, cache)
+    name = f"{size}-{work.seq_len}-{work.n}"
+    ids, repeated = cache / f"ids-{name}.npy", cache / f"ids-{name}-{steps}.npy"
+    rows = np.random.default_rng(0).integers(0, SIZES[size][-1], (work.n, work.seq_len), dtype=np.int32)
+    np.save(ids, rows)
+    np.save(repeated, np.tile(rows, (steps, 1)))
+    return Inputs(model, ids, repeated, Truth.of(model, ids, cache / f"truth-{name}.npz"))
+
+
+def prepare_model(size: str, cache: Path) -> Path:
+    """Make a random model with a tokenizer, or find it in the cache."""
+    model = cache / f"model-{size}"
+    if not (model / "tokenizer_config.json").exists():
+        make_model(model, size, 1024)
+        add_tokenizer(model)
+    return model
+
+
+def add_tokenizer(model: Path) -> None:
+    """Give a model a byte-level tokenizer: some peers load none without one, and none is used."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    coder = ByteLevelBPETokenizer()
+    coder.train_from_iterator(["ids are given"], 257, 2, False, ["<|endoftext|>"])
+    coder.save(str(model / "tokenizer.json"))
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+
+
+class Case:
+    """One peer at one workload: its process, its seconds, what it left on disk."""
+
+    def __init__(self, process: PeerProcess, work: Workload, inputs: Inputs, out: Path, batch: int) -> None:
+        self.process, self.work, self.inputs, self.out, self.batch = process, work, inputs, out, batch
+        self.paced = process.peer is HEADWATER
+        self.seconds: list[float] = []
+        self.unsynced: list[float] = []
+        self.place = ""
+        self.row: dict[str, Any] = {}
+
+    def begin(self, function: str) -> None:
+        """Tell the process what to capture, and let it capture once, untimed."""
+        tokens, batch = (self.inputs.repeated, self.work.n) if self.paced else (self.inputs.ids, self.batch)
+        self.row |= self.process.ask("begin", workload=function, tokens=str(tokens), out=str(self.out), batch=batch)
+        self.step(timed=False)
+
+    def step(self, timed: bool = True) -> float:
+        """Capture every sequence once; return the seconds."""
+        for folder in [] if self.paced or not self.out.exists() else self.out.iterdir():
+            shutil.rmtree(folder)
+        before = disk_bytes(self.out)
+        answer = self.process.ask("step")
+        self.place = answer["out"]
+        self.row["MB_on_disk"] = round((disk_bytes(self.out) - before) / 1e6, 1)
+        if timed:
+            self.seconds.append(answer["seconds"])
+            self.unsynced.append(answer["seconds"] - answer["sync"])
+        return float(answer["seconds"])
+
+    def check(self, limit: int) -> None:
+        """Read values back and compare them with float64; raise PeerMissing where one is wrong."""
+        places = self.inputs.truth.places(self.work.sites, limit)
+        values, seconds = self.process.read(self.place, places, self.batch)
+        for place, value in zip(places, values, strict=True):
+            assert value is not None
+            if problem := self.inputs.truth.problem(place, value):
+                raise PeerMissing(f"its values are wrong: {problem}")
+        self.row |= {"values_checked": sum(v.size for v in values if v is not None)}
+        self.row |= {"read_ms": round(1e3 * statistics.median(seconds), 3)}
+
+
+def disk_bytes(folder: Path) -> int:
+    """Return what the files of a folder occupy on disk."""
+    return sum(512 * path.stat().st_blocks for path in folder.rglob("*") if path.is_file())
+
+
+def start_all(
+    peers: Sequence[Peer],
+    model: Path,
+    functions: Sequence[str],
+    cache: Path,
+    folder: Path,
+    keep: bool,
+    stack: ExitStack,
+) -> tuple[list[PeerProcess], dict[str, str]]:
+    """Start a process for every peer and load the model in all of them; return them, and why others are missing."""
+    processes, missing = [], dict[str, str]()
+    for peer in peers:
+        try:
+            process = PeerProcess(peer, python_of(peer, cache, install=False), folder / f"{peer.driver}.log", keep)
+        except PeerMissing as error:
+            missing[peer.name] = str(error)
+            continue
+        stack.callback(process.close)
+        process.tell("load", model=str(model), workloads=functions)
+        processes.append(process)
+    ready = []
+    for process in processes:
+        try:
+            process.workloads = process.hear()["workloads"]
+            ready.append(process)
+        except PeerMissing as error:
+            missing[process.peer.name] = str(error)
+    return ready, missing
+
+
+def measure_workload(
+    name: str, processes: Sequence[PeerProcess], inputs: Inputs, work: Workload, rounds: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Warm up, check and time every process at one workload; return the rows."""
+    plain = Case(processes[0], work, inputs, folder / "plain", work.batch)
+    cases, rows = [], []
+    for process in processes[1:]:
+        if work.function not in process.workloads:
+            rows.append({"case": process.peer.name, "problem": "it does not capture this"})
+            continue
+        case = Case(process, work, inputs, folder / f"{name}-{process.peer.name}", work.batch)
+        try:
+            case.begin(work.function)
+            case.check(READS)
+            cases.append(case)
+        except PeerMissing as error:
+            rows.append({"case": process.peer.name, "problem": str(error)})
+    ratios = {case.process.peer.name: list[float]() for case in cases}
+    plain.batch = best_batch(plain, work.n)
+    for i in range(rounds):
+        before = plain.step()
+        for case in cases:
+            if i and case.process.peer.slow:
+                continue
+            seconds = case.step()
+            after = plain.step()
+            ratios[case.process.peer.name].append((before + after) / 2 / seconds)
+            before = after
+    tokens = work.n * work.seq_len
+    rows.insert(0, {"case": "plain", "tokens_per_second": round(tokens / statistics.median(plain.seconds), 1),
+                    "batch": plain.batch, "x_plain": 1.0, "spread": spread(plain.seconds)})  # fmt: skip
+    for case in cases:
+        found = ratios[case.process.peer.name]
+        rows.append(
+            {
+                "case": case.process.peer.name, "batch": case.batch if not case.paced else work.n,
+                "tokens_per_second": round(tokens / statistics.median(case.seconds), 1),
+                "x_plain": round(statistics.median(found), 3), "spread": spread(found),
+                "x_plain_without_fsync": round(statistics.median(found) * statistics.median(case.seconds)
+                                               / statistics.median(case.unsynced), 3),
+                **case.row,
+            }
+        )  # fmt: skip
+        shutil.rmtree(case.out, ignore_errors=True)
+    for row in rows:
+        process = next((p for p in processes if p.peer.name == row["case"]), None)
+        if process is not None and process.process.poll() is None:
+            row["peak_MB"] = process.ask("peak")["bytes"] >> 20
+    return rows
+
+
+def best_batch(plain: Case, n: int) -> int:
+    """Return the batch at which the plain forward is fastest: the measure of all ratios is at its best."""
+    seconds = {}
+    for batch in {1, plain.batch, n} if n > 1 else {1}:
+        plain.batch = batch
+        plain.begin("plain")
+        seconds[batch] = plain.step(timed=False)
+    best = min(seconds, key=lambda batch: seconds[batch])
+    plain.batch = best
+    plain.begin("plain")
+    return best
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return (largest − smallest) / median."""
+    return round((max(values) - min(values)) / statistics.median(values), 3)
+
+
+def run(
+    workloads: dict[str, Workload], size: str, rounds: int, cache: Path, folder: Path,
+    peers: Sequence[Peer] = PEERS, keep: bool = False,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
+    """Measure workloads; return the rows of peers and those of the machine's limits."""
+    inputs = {name: prepare(work, size, rounds + 2, cache) for name, work in workloads.items()}
+    functions = sorted({"plain", *(work.function for work in workloads.values())})
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        model = next(iter(inputs.values())).model
+        processes, missing = start_all((PLAIN, *peers), model, functions, cache, folder, keep, stack)
+        versions = {p.peer.name: version_of(p.peer, python_of(p.peer, cache)) for p in processes}
+        for name, work in workloads.items():
+            found = measure_workload(name, processes, inputs[name], work, rounds, folder)
+            found += [{"case": peer, "problem": reason} for peer, reason in missing.items()]
+            storage = {peer.name: peer.storage for peer in (PLAIN, *peers)}
+            common = {"workload": name, "memory": "kept" if keep else "default", "model": size,
+                      "seq_len": work.seq_len, "sequences": work.n, "rounds": rounds}  # fmt: skip
+            rows += [
+                common
+                | {"version": versions.get(row["case"], ""), "storage": storage[row["case"]]}
+                | dict.fromkeys(COLUMNS, "")
+                | row
+                for row in found
+            ]
+    machine_limits = [
+        {"workload": "+".join(workloads), "memory": "kept" if keep else "default", **limit} for limit in limits(folder)
+    ]
+    return rows, machine_limits
+
+
+COLUMNS = (
+    "case", "tokens_per_second", "x_plain", "spread", "x_plain_without_fsync", "batch", "peak_MB", "MB_on_disk",
+    "read_ms", "lines", "values_checked", "problem",
+)  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    for row in rows:
+        if row["case"] == "plain":
+            print(f"\n{row['workload']}: T = {row['seq_len']}, {row['sequences']} sequences, memory {row['memory']}")
+            heads = ("tokens/s", "× plain", "no fsync", "peak MB", "MB", "read ms", "lines")
+            print("{:16}{:>10}{:>9}{:>10}{:>9}{:>9}{:>9}{:>7}".format("", *heads))
+        if row["problem"]:
+            print(f"{row['case']:16}{row['problem']}")
+            continue
+        print(
+            f"{row['case']:16}{row['tokens_per_second']:>10}{row['x_plain']:>9}{row['x_plain_without_fsync']:>10}"
+            f"{row['peak_MB']:>9}{row['MB_on_disk']:>9}{row['read_ms']:>9}{row['lines']:>7}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables, and write them to benchmarks/results with --save."""
+    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks peers", description=__doc__)
+    parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peers", nargs="+", choices=[p.name for p in PEERS], default=[p.name for p in PEERS])
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="let every process keep the memory it frees (MALLOC_)"
+    )
+    parser.add_argument("--prepare", action="store_true", help="only make environments, models and references")
+    parser.add_argument(
+        "--cache", help="where environments and models are kept (default ~/.cache/headwater-benchmarks)"
+    )
+    parser.add_argument("--folder", help="where to write what is captured (default: a temporary folder)")
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    options = parser.parse_args(arguments)
+    cache = cache_folder(options.cache)
+    chosen = [peer for peer in PEERS if peer.name in options.peers]
+    workloads = {name: WORKLOADS[name] for name in options.workload}
+    for peer in chosen:
+        try:
+            python_of(peer, cache)
+        except PeerMissing as error:
+            print(f"{peer.name}: {error}", file=sys.stderr)
+    if options.prepare:
+        for work in workloads.values():
+            prepare(work, options.size, options.rounds + 2, cache)
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows, found = run(workloads, options.size, options.rounds, cache, Path(folder), chosen, options.keep_memory)
+    show(rows)
+    for limit in found:
+        print(f"{limit['limit']:28}{limit['rate']:>10} {limit['unit']}")
+    if options.save:
+        print(write_csv("peers", rows, keys=("workload", "memory", "model")))
+        print(write_csv("limits", found, keys=("workload", "memory")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

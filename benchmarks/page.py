@@ -1,0 +1,202 @@
+"""Make docs/performance.md and its plots from the dated CSVs in benchmarks/results, and from nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from headwater.benchmarks.bars import bars
+from headwater.benchmarks.measure import RESULTS
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Row = Mapping[str, str]
+WORKLOADS = {
+    "residual": "Residual stream at all depths, T = 1024",
+    "patterns": "Residual stream and every attention pattern, T = 1024",
+    "statistics": "Statistics of attention only, T = 1024",
+    "short": "Residual stream at all depths, T = 128",
+}
+GOALS = {"residual": 1.15, "statistics": 1.15, "patterns": 1.1, "short": 1.1}
+LEADS = {"patterns": 1.7, "statistics": 1.4}
+DATED = re.compile(r"(.+)-(\d{4}-\d{2}-\d{2})\.csv")
+SECTIONS = ("peers", "limits", "survive", "store")
+HEAD = """# Performance
+
+Made by `python -m headwater.benchmarks page` from {sources} in
+[benchmarks/results](../benchmarks/results). Measured on {machine}.
+
+Every figure is end to end: from token ids to files on disk, fsync included, model loading left out. Ratios are to
+transformers' plain SDPA forward of the same ids, which captures and stores nothing, run before and after each capture
+in the same minutes; 1.0 means that capturing and storing cost nothing. All models are random GPT-2 small in float32;
+states and patterns are stored as float16, statistics as float32. What each peer stored was read back and compared with
+float64 first, |a − b| ≤ 1e-4 + 1e-3 · |b|. `python -m headwater.benchmarks peers` repeats it in an environment for each
+peer, which it makes; [the drivers](../benchmarks/peers) are what was run.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page and its plots."""
+    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks page", description=__doc__)
+    parser.add_argument("--out", type=Path, default=DOCS, help="the folder of performance.md (default docs)")
+    options = parser.parse_args(arguments)
+    for name, text in make_page(RESULTS, newest(RESULTS)).items():
+        path = options.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+        print(path)
+    return 0
+
+
+def newest(results: Path) -> list[str]:
+    """Return the file names of the newest results of every benchmark that the page shows or lists."""
+    found: dict[str, str] = {}
+    for path in sorted(results.glob("*.csv")):
+        if match := DATED.fullmatch(path.name):
+            found[match[1]] = path.name
+    return [found[name] for name in sorted(found, key=lambda n: (n not in SECTIONS, n))]
+
+
+def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the files of the page, by path below docs, from these results."""
+    tables = {}
+    for name in names:
+        with (results / name).open(newline="", encoding="utf-8") as file:
+            tables[name.rsplit("-", 3)[0]] = list(csv.DictReader(file))
+    machines = sorted({f"{r['processor']}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
+                       for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
+    sources = ", ".join(f"`{name}`" for name in names)
+    parts, files = [HEAD.format(sources=sources, machine="; ".join(machines))], {}
+    if peers := tables.pop("peers", None):
+        parts += [goals(peers), behind(peers)]
+        for workload, title in WORKLOADS.items():
+            if rows := [row for row in peers if row["workload"] == workload]:
+                files[f"performance/{workload}.svg"] = plot(title, rows)
+                parts.append(f"## {title}\n\n![ratios](performance/{workload}.svg)\n\n{peer_table(rows)}")
+        parts.append(NOTES)
+    for name, title in (("limits", LIMITS), ("survive", SURVIVE), ("store", STORE)):
+        if rows := tables.pop(name, None):
+            hidden = {"limits": (), "survive": ("sequences",), "store": ()}[name]
+            parts.append(title + "\n\n" + table(rows, (*MACHINE, *hidden)))
+    for name, rows in tables.items():
+        parts.append(f"## {name}\n\n`python -m headwater.benchmarks {name}`\n\n{table(rows, MACHINE)}")
+    return {"performance.md": "\n\n".join(part.strip() for part in parts) + "\n", **files}
+
+
+BETTER = {"x_plain": 1, "x_plain_without_fsync": 1, "peak_MB": -1, "MB_on_disk": -1, "read_ms": -1, "lines": -1}
+MACHINE = ("date", "processor", "threads", "torch")
+NOTES = """`no fsync` is the same ratio without the time of the fsync. Peak memory is that of the whole process, model
+included. `read` is the median time to read one (layer, sequence, position) vector or row back. `lines` counts a user's
+code as `ast.unparse` lays it out, without docstrings: loading, capturing, storing. SAELens stores one hook point a run,
+so all depths are one pass over the model each; it was timed in one round. "Kept" means that every process, the plain
+forward too, ran with MALLOC_ settings that keep freed memory, which spares the peers most of their page faults."""
+LIMITS = """## Limits of the machine, in the same runs
+
+Raw transfers of 256 MiB in pieces of 8 MiB, the best of three; matrix products of
+[2048, 768] × [768, 3072], in bf16 of 256 rows."""
+SURVIVE = """## After kill -9
+
+256 sequences, residual stream, 16 at a time; killed when about a quarter, half and three quarters of the bytes were
+there. A sequence is `right` when every depth reads back as in an undisturbed capture, `missing` when a read fails or
+says that nothing is there, `silently wrong` otherwise. Then the same capture ran again into the same folder: `kept` is
+the share of the surviving bytes that were not written again."""
+STORE = """## Stores
+
+One float16 array [sequence, 1024, 1024] in chunks of one sequence. `_x` is Headwater's speed over the store's: above 1
+Headwater is faster. `vector` reads one position of one sequence."""
+
+
+def of(rows: Sequence[Row], case: str, memory: str, column: str) -> float | None:
+    """Return one figure, or None where it was not measured."""
+    for row in rows:
+        if row["case"] == case and row["memory"] == memory and row.get(column):
+            return float(row[column])
+    return None
+
+
+def cases(rows: Sequence[Row]) -> list[str]:
+    """Return the cases in their order, without the plain forward."""
+    return [name for name in dict.fromkeys(row["case"] for row in rows) if name != "plain"]
+
+
+def plot(title: str, rows: Sequence[Row]) -> str:
+    """Draw the ratios of one workload."""
+    memories = list(dict.fromkeys(row["memory"] for row in rows))
+    values = [(case, [of(rows, case, memory, "x_plain") for memory in memories]) for case in cases(rows)]
+    return bars(f"{title}: × plain forward", [f"memory {m}" for m in memories], values, 1.0)
+
+
+def peer_table(rows: Sequence[Row]) -> str:
+    """Lay out one workload, default and kept memory side by side."""
+    heads = ("", "version", "stored with", "× plain", "no fsync", "kept: × plain", "tokens/s", "peak MB", "MB on disk",
+             "read ms", "lines")  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in (r for r in rows if r["memory"] == "default"):
+        if row["problem"]:
+            lines.append(
+                f"| {row['case']} | {row['version']} | {row['storage']} | not measured: {row['problem']} |" + " |" * 7
+            )
+            continue
+        kept = of(rows, row["case"], "kept", "x_plain")
+        cells = [row["case"], row["version"], row["storage"], f"**{row['x_plain']}** ± {float(row['spread']) / 2:.0%}",
+                 row["x_plain_without_fsync"], "not measured" if kept is None else str(kept), row["tokens_per_second"],
+                 row["peak_MB"], row["MB_on_disk"], row["read_ms"], row["lines"]]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    first = next(r for r in rows if r["case"] == "plain")
+    batches = sorted({f"{r['memory']} memory {r['batch']}" for r in rows if r["case"] == "plain"})
+    note = f"{first['sequences']} sequences, {first['rounds']} rounds; ± is half the spread over rounds. "
+    return note + f"The plain forward's best batch: {', '.join(batches)}.\n\n" + "\n".join(lines)
+
+
+def goals(rows: Sequence[Row]) -> str:
+    """Say which goals are met: ratios to the plain forward, and to the best peer where memory is kept."""
+    lines = ["## Goals", "", "| workload | goal | measured | |", "|---|---|---|---|"]
+    for workload, goal in GOALS.items():
+        mine = [row for row in rows if row["workload"] == workload]
+        for memory in ("default", "kept"):
+            if (value := of(mine, "headwater", memory, "x_plain")) is not None:
+                met = "met" if value >= goal else "**not met**"
+                lines.append(f"| {workload}, memory {memory} | ≥ {goal} × plain | {value} | {met} |")
+        lead, (value, name) = LEADS.get(workload, 1.0), best_peer(mine, "kept")
+        if name:
+            met = "met" if value >= lead else "**not met**"
+            lines.append(f"| {workload}, memory kept | ≥ {lead} × the best peer ({name}) | {value:.2f} | {met} |")
+    return "\n".join(lines)
+
+
+def best_peer(rows: Sequence[Row], memory: str) -> tuple[float, str]:
+    """Return Headwater's speed over that of the best peer, and its name."""
+    ours = of(rows, "headwater", memory, "x_plain")
+    theirs = {case: value for case in cases(rows) if case != "headwater"
+              and (value := of(rows, case, memory, "x_plain")) is not None}  # fmt: skip
+    if ours is None or not theirs:
+        return 0.0, ""
+    name = max(theirs, key=lambda case: theirs[case])
+    return ours / theirs[name], name
+
+
+def behind(rows: Sequence[Row]) -> str:
+    """List every figure in which a peer is ahead of Headwater."""
+    found = []
+    for workload in WORKLOADS:
+        for memory in ("default", "kept"):
+            mine = [row for row in rows if row["workload"] == workload and row["memory"] == memory]
+            for column, sign in BETTER.items():
+                ours = of(mine, "headwater", memory, column)
+                for case in cases(mine):
+                    theirs = of(mine, case, memory, column)
+                    if ours is not None and theirs is not None and sign * (theirs - ours) > 0:
+                        where = f"- {workload}, memory {memory}"
+                        found.append(f"{where}: {case} has {column} {theirs:g}, Headwater {ours:g}.")
+    text = "\n".join(found) if found else "Nowhere in these tables."
+    return f"## Where Headwater is behind a peer\n\n{text}"
+
+
+def table(rows: Sequence[Row], hidden: Sequence[str]) -> str:
+    """Lay out rows as they are, without the columns that say where they were measured."""
+    columns = list(dict.fromkeys(c for row in rows for c in row if c not in hidden and row.get(c)))
+    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row.get(c) or "" for c in columns) + " |" for row in rows]
+    return "\n".join(lines)
