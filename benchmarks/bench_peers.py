@@ -116,11 +116,11 @@ class Case:
         self.place = ""
         self.row: dict[str, Any] = {}
 
-    def begin(self, function: str) -> None:
-        """Tell the process what to capture, and let it capture once, untimed."""
+    def begin(self, function: str, warm: bool = True) -> float:
+        """Tell the process what to capture and let it capture once, uncounted; return the seconds."""
         tokens, batch = (self.inputs.repeated, self.work.n) if self.paced else (self.inputs.ids, self.batch)
         self.row |= self.process.ask("begin", workload=function, tokens=str(tokens), out=str(self.out), batch=batch)
-        self.step(timed=False)
+        return self.step(timed=False) if warm else 0.0
 
     def step(self, timed: bool = True) -> float:
         """Capture every sequence once; return the seconds."""
@@ -187,7 +187,8 @@ def measure_workload(
 ) -> list[dict[str, Any]]:
     """Warm up, check and time every process at one workload; return the rows."""
     plain = Case(processes[0], work, inputs, folder / "plain", work.batch)
-    cases, rows = [], []
+    cases: list[Case] = []
+    rows: list[dict[str, Any]] = []
     for process in processes[1:]:
         if work.function not in process.workloads:
             rows.append({"case": process.peer.name, "problem": "it does not capture this"})
@@ -200,7 +201,7 @@ def measure_workload(
         except PeerMissing as error:
             rows.append({"case": process.peer.name, "problem": str(error)})
     ratios = {case.process.peer.name: list[float]() for case in cases}
-    plain.batch = best_batch(plain, work.n)
+    plain.batch = best_batch(plain)
     for i in range(rounds):
         before = plain.step()
         for case in cases:
@@ -227,23 +228,22 @@ def measure_workload(
         )  # fmt: skip
         shutil.rmtree(case.out, ignore_errors=True)
     for row in rows:
-        process = next((p for p in processes if p.peer.name == row["case"]), None)
-        if process is not None and process.process.poll() is None:
-            row["peak_MB"] = process.ask("peak")["bytes"] >> 20
+        found_process = [p for p in processes if p.peer.name == row["case"] and p.process.poll() is None]
+        if found_process and not row.get("problem"):
+            row["peak_MB"] = found_process[0].ask("peak")["bytes"] >> 20
     return rows
 
 
-def best_batch(plain: Case, n: int) -> int:
-    """Return the batch at which the plain forward is fastest: the measure of all ratios is at its best."""
-    seconds = {}
-    for batch in {1, plain.batch, n} if n > 1 else {1}:
+def best_batch(plain: Case) -> int:
+    """Return the batch at which the plain forward is faster: the measure of all ratios is at its best."""
+    seconds, usual = {}, plain.batch
+    for batch in (usual, 1, usual):  # the first pass only warms up
         plain.batch = batch
-        plain.begin("plain")
-        seconds[batch] = plain.step(timed=False)
-    best = min(seconds, key=lambda batch: seconds[batch])
-    plain.batch = best
-    plain.begin("plain")
-    return best
+        seconds[batch] = plain.begin("plain")
+    if seconds[1] < seconds[usual]:
+        plain.batch = 1
+        plain.begin("plain", warm=False)
+    return plain.batch
 
 
 def spread(values: Sequence[float]) -> float:

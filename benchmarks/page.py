@@ -61,7 +61,7 @@ def newest(results: Path) -> list[str]:
 
 def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the files of the page, by path below docs, from these results."""
-    tables = {}
+    tables: dict[str, list[Row]] = {}
     for name in names:
         with (results / name).open(newline="", encoding="utf-8") as file:
             tables[name.rsplit("-", 3)[0]] = list(csv.DictReader(file))
@@ -69,7 +69,7 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
                        for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
     sources = ", ".join(f"`{name}`" for name in names)
     parts, files = [HEAD.format(sources=sources, machine="; ".join(machines))], {}
-    if peers := tables.pop("peers", None):
+    if peers := tables.pop("peers", []):
         parts += [goals(peers), behind(peers)]
         for workload, title in WORKLOADS.items():
             if rows := [row for row in peers if row["workload"] == workload]:
@@ -77,7 +77,7 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
                 parts.append(f"## {title}\n\n![ratios](performance/{workload}.svg)\n\n{peer_table(rows)}")
         parts.append(NOTES)
     for name, title in (("limits", LIMITS), ("survive", SURVIVE), ("store", STORE)):
-        if rows := tables.pop(name, None):
+        if rows := tables.pop(name, []):
             hidden = {"limits": (), "survive": ("sequences",), "store": ()}[name]
             parts.append(title + "\n\n" + table(rows, (*MACHINE, *hidden)))
     for name, rows in tables.items():

@@ -176,7 +176,8 @@ class Safetensors(Store):
     def open(self) -> Any:
         from safetensors import safe_open
 
-        return [safe_open(self.path / f"{i}.safetensors", "np").get_slice("x") for i in range(len(self.files()))]
+        files: list[Any] = [safe_open(self.path / f"{i}.safetensors", "np") for i in range(len(self.files()))]
+        return [file.get_slice("x") for file in files]
 
     def read(self, opened: Any, key: Any) -> np.ndarray:
         first, *rest = key if isinstance(key, tuple) else (key,)

@@ -26,7 +26,8 @@ class Truth:
     def of(model: Path, tokens: Path, file: Path, n_positions: int = 8) -> Truth:
         """Load the reference from `file`, or compute it and keep it there."""
         if not file.exists():
-            np.savez(file, **_compute(model, np.load(tokens), n_positions))
+            values: dict[str, Any] = _compute(model, np.load(tokens), n_positions)
+            np.savez(file, **values)
         with np.load(file) as stored:
             return Truth(dict(stored))
 
@@ -80,7 +81,8 @@ class Truth:
 def _compute(model: Path, ids: np.ndarray, n_positions: int) -> dict[str, np.ndarray]:
     from transformers import GPT2Model
 
-    loaded = GPT2Model.from_pretrained(model, attn_implementation="eager", dtype=torch.float64).eval()
+    loaded: Any = GPT2Model.from_pretrained(model, attn_implementation="eager", dtype=torch.float64)
+    loaded.train(False)
     n, length = ids.shape
     random = np.random.default_rng(1)
     middle = [np.sort(1 + random.permutation(length - 2)[: n_positions - 2]) for _ in ids]

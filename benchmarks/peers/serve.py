@@ -158,7 +158,8 @@ class Server:
 
     def read(self, request: dict[str, Any]) -> dict[str, Any]:
         """Read `places` (site, layer, sequence, position) from `out` and save them to `into`; return the seconds."""
-        values, seconds = {}, []
+        values: dict[str, Any] = {}
+        seconds = []
         for i, place in enumerate(request["places"]):
             start = time.perf_counter()
             try:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 import headwater
+from headwater.extractor.run import Progress
 
 PACED = True
 STATISTICS = (
@@ -23,7 +24,12 @@ def load(model: str) -> str:
 def extract(model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None, **what: Any) -> None:
     """Extract a run and report every block as it is committed."""
     config = headwater.RunConfig(model=model, tokens=tokens, out=out, block=batch, **what)
-    headwater.extract(config, None if observe is None else lambda progress: progress.entry and observe())
+
+    def report(progress: Progress) -> None:
+        if observe is not None and progress.entry is not None:
+            observe()
+
+    headwater.extract(config, report)
 
 
 def residual(model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None) -> None:

@@ -18,7 +18,7 @@ from sae_lens.load_model import load_model
 def load(model: str) -> Any:
     """Return the model's name and depths after loading it once for all runners."""
     loaded: Any = load_model("AutoModelForCausalLM", model, "cpu")
-    runner.load_model = lambda **_: loaded  # type: ignore[assignment]
+    runner.load_model = lambda **_: loaded
     return model, loaded.model.config
 
 
