@@ -16,17 +16,26 @@ import safetensors
 import safetensors.torch
 
 from headwater.extractor.weights import Checkpoint, CheckpointError, ModelConfig
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place, open_place
+from headwater.store.writer import INTERNAL
 
 
 @contextmanager
-def published(run: Path, checkpoint: Checkpoint) -> Iterator[None]:
-    """Keep the weights in the run's temporary folder for a while; the file is gone afterwards, whatever happens."""
+def published(run: Place, checkpoint: Checkpoint, shared: bool) -> Iterator[None]:
+    """Keep the weights in the run's temporary folder for a while; the file is gone afterwards, whatever happens.
+
+    For a run in an object store they go to this node's folder, and into the store unless all workers are here,
+    `shared`.
+    """
+    if isinstance(run, ObjectPath):
+        with _published_object(run, checkpoint, shared):
+            yield
+        return
     path = _source(run, checkpoint.digest)
     temporary = path.with_suffix(f".{os.getpid()}")
     try:
-        metadata = {"config": json.dumps(asdict(checkpoint.config)), "name": checkpoint.name}
-        tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        _save(checkpoint, temporary)
         os.replace(temporary, path)
         yield
     finally:
@@ -34,18 +43,49 @@ def published(run: Path, checkpoint: Checkpoint) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def load(run: Path, digest: str, shared: bool) -> Checkpoint:
+@contextmanager
+def _published_object(run: ObjectPath, checkpoint: Checkpoint, shared: bool) -> Iterator[None]:
+    target = run / INTERNAL / "tmp" / _name(checkpoint.digest)
+    with _locked_folder() as folder:
+        local = folder / f"{checkpoint.digest}.safetensors"
+        if not local.exists():
+            _clear(folder)
+            _save(checkpoint, local.with_suffix(".part"))
+            os.replace(local.with_suffix(".part"), local)
+        if not shared:
+            target.put_file(local)
+    try:
+        yield
+    finally:
+        if not shared:
+            target.unlink()
+
+
+def _save(checkpoint: Checkpoint, path: Path) -> None:
+    metadata = {"config": json.dumps(asdict(checkpoint.config)), "name": checkpoint.name}
+    tensors = {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def load(run: Place, digest: str, shared: bool) -> Checkpoint:
     """Map the published weights: the run's own file where the driver is on this machine, else a copy on this node.
 
     The tensors share one memory map among all workers of the node. Raises CheckpointError where the run has no weights.
     """
-    source = _source(run, digest)
-    if shared:
-        return _mapped(source, digest)
+    if shared and not isinstance(run, ObjectPath):
+        return _mapped(_source(run, digest), digest)
+    source = run / INTERNAL / "tmp" / _name(digest)
+    with _locked_folder() as folder:
+        return _mapped(_local_copy(source, folder / f"{digest}.safetensors"), digest)
+
+
+@contextmanager
+def _locked_folder() -> Iterator[Path]:
+    """Hold this node's folder for weights, so that one process at a time fetches them."""
     folder = cache_folder()
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return _mapped(_local_copy(source, folder / f"{digest}.safetensors"), digest)
+        yield folder
 
 
 def cache_folder() -> Path:
@@ -57,18 +97,22 @@ def cache_folder() -> Path:
     return folder
 
 
-def _local_copy(source: Path, local: Path) -> Path:
+def _local_copy(source: Place, local: Path) -> Path:
     """Copy a file of weights whole or not at all, unless it is there, in place of those of other models."""
     if not local.exists() and source.exists():
-        for old in local.parent.glob("*.safetensors*"):
-            old.unlink()  # workers that have mapped it keep their map
+        _clear(local.parent)
         temporary = local.with_suffix(".safetensors.part")
-        with open(source, "rb") as read, open(temporary, "wb") as write:
+        with open_place(source) as read, open(temporary, "wb") as write:
             shutil.copyfileobj(read, write, 1 << 24)
             write.flush()
             os.fsync(write.fileno())
         os.replace(temporary, local)
     return local
+
+
+def _clear(folder: Path) -> None:
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()  # workers that have mapped it keep their map
 
 
 def _mapped(path: Path, digest: str) -> Checkpoint:
@@ -82,4 +126,8 @@ def _mapped(path: Path, digest: str) -> Checkpoint:
 
 
 def _source(run: Path, digest: str) -> Path:
-    return run / "headwater" / "tmp" / f"weights-{digest[:16]}.safetensors"
+    return run / INTERNAL / "tmp" / _name(digest)
+
+
+def _name(digest: str) -> str:
+    return f"weights-{digest[:16]}.safetensors"

@@ -47,7 +47,7 @@ def test_ray_is_imported_in_one_module():
         for path in (ROOT / folder).glob("*.py")
         if any(name.split(".")[0] == "ray" for name in imports(path))
     }
-    assert found <= {"extractor/ray_pool.py"}
+    assert found <= {"extractor/ray_cluster.py"}
 
 
 def test_folders_have_no_init():

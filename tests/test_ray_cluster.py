@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import headwater
 from headwater.benchmarks.faults import contents
-from headwater.extractor import ray_pool
-from headwater.extractor.ray_pool import WorkersLost
+from headwater.extractor import seats
+from headwater.extractor.ray_cluster import WorkersLost
 from headwater.extractor.run import extract
 from headwater.store.verify import verify
 
 SMALL = {"include_dashboard": False, "object_store_memory": 80 << 20}
+PATIENT = {"health_check_timeout_ms": 300_000, "health_check_period_ms": 1000}  # slow is not dead; refusing is
+START_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def cluster(tmp_path_factory):
             patch.setenv(name, value)
         cluster_utils = pytest.importorskip("ray.cluster_utils")
         handler = signal.getsignal(signal.SIGTERM)
-        made = cluster_utils.Cluster(True, head_node_args={"num_cpus": 0, **SMALL})
+        made = cluster_utils.Cluster(True, head_node_args={"num_cpus": 0, "_system_config": PATIENT, **SMALL})
         yield made
         made.shutdown()
         signal.signal(signal.SIGTERM, handler)
@@ -39,7 +41,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def nodes(cluster):
-    """Add nodes with one processor each; they leave after the test."""
+    """Add nodes with one processor each; they leave after the test, and the cluster knows it before the next one."""
     added = []
 
     def add():
@@ -50,6 +52,7 @@ def nodes(cluster):
     for node in added:
         if node in cluster.worker_nodes:
             cluster.remove_node(node, allow_graceful=False)
+    cluster.wait_for_nodes(START_SECONDS)
 
 
 def nothing_left(run):
@@ -64,13 +67,17 @@ def test_a_worker_killed_within_a_block_is_replaced(cluster, nodes, many_blocks,
 
     def kill_once(progress):
         seen.add(progress.workers)
-        if progress.entry and not killed and progress.done >= 2:
-            pid = progress.entry.worker.rpartition(":")[2]
-            end = time.monotonic() + 60
-            while not list((tmp_path / "run/headwater/tmp").glob(f"*.{pid}-*")):  # shards of the block it computes now
-                assert time.monotonic() < end
-            os.kill(int(pid), signal.SIGKILL)
-            killed.append(progress.entry.worker)
+        if progress.entry is None or killed:
+            return
+        pid, end = int(progress.entry.worker.rpartition(":")[2]), time.monotonic() + 1
+        while not killed and time.monotonic() < end:
+            os.kill(pid, signal.SIGSTOP)
+            if list((tmp_path / "run/headwater/tmp").glob(f"*.{pid}-*")):  # shards of a block that is under way
+                os.kill(pid, signal.SIGKILL)
+                killed.append(progress.entry.worker)
+            else:
+                os.kill(pid, signal.SIGCONT)
+                time.sleep(0.002)
 
     run = extract(config, kill_once)
     workers = {entry.worker for entry in run.ledger.entries()}
@@ -79,10 +86,13 @@ def test_a_worker_killed_within_a_block_is_replaced(cluster, nodes, many_blocks,
     assert any("1 lost, 1 tried again" in text for text in seen), seen
 
 
-def test_nodes_come_and_go(cluster, nodes, many_blocks, tmp_path):
-    first = nodes()
+def test_nodes_come_and_go(cluster, nodes, many_blocks, tmp_path, monkeypatch):
+    import ray
+
+    first, pools, fill = nodes(), [], seats.Seats.fill
     config, expected = many_blocks
     config, joined, lost = replace(config, out=str(tmp_path / "run"), workers=2, ray=cluster.address), [], []
+    monkeypatch.setattr(seats.Seats, "fill", lambda self: (pools.append(self), fill(self)))
 
     def change_nodes(progress):
         if progress.entry is None:
@@ -90,9 +100,9 @@ def test_nodes_come_and_go(cluster, nodes, many_blocks, tmp_path):
         if not joined:
             joined.append(progress.entry.worker)
             nodes()
-        elif progress.entry.worker == joined[0] and not lost:
-            time.sleep(0 if progress.workers.startswith("2 workers") else 2)  # leave something for the newcomer
-        elif not lost:
+            waiting = [seat.starting for seat in pools[0]._seats if seat.starting is not None]
+            assert ray.wait(waiting, timeout=START_SECONDS)[0]  # while the first worker has two blocks at most
+        elif progress.entry.worker != joined[0] and not lost:
             lost.append(first)
             cluster.remove_node(first, allow_graceful=False)
 
@@ -129,7 +139,7 @@ def test_a_poison_block_fails_three_times_and_the_others_finish(cluster, nodes, 
 def test_a_node_that_does_not_see_the_run_is_refused(cluster, nodes, many_blocks, tmp_path, monkeypatch):
     nodes()
     config = replace(many_blocks[0], out=str(tmp_path / "run"), ray=cluster.address)
-    monkeypatch.setattr(ray_pool, "MAX_REFUSALS", 0)
+    monkeypatch.setattr(seats, "MAX_REFUSALS", 0)
     monkeypatch.setattr(Path, "touch", lambda path: None)  # what a node without the run's file system sees
     with pytest.raises(WorkersLost, match=r"no worker could start: .*does not see the run at .*Put --out on storage"):
         extract(config)

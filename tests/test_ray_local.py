@@ -12,15 +12,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from headwater.benchmarks.faults import contents
-from headwater.extractor import ray_pool
+from headwater.extractor import ray_cluster, ray_pool
+from headwater.extractor.config import RunConfig
 from headwater.extractor.ray_pool import RayPool
 from headwater.extractor.run import extract
 from headwater.extractor.weights import load_checkpoint
 from headwater.store.manifest import read_manifest
 from headwater.store.reader import open_run
+from headwater.store.scratch import scratch_folder
 from headwater.store.verify import verify
 
 OFFLINE = """
@@ -32,12 +35,26 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+N_BLOCKS = 128  # so many that a driver is still at work when a signal reaches it, also on a busy machine
+PATIENCE = 300
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory, tiny_gpt2):
+    """A request of 128 blocks, and the bytes of that run as one process makes them."""
+    home = tmp_path_factory.mktemp("long")
+    np.save(home / "ids.npy", np.random.default_rng(5).integers(0, 200, (N_BLOCKS, 32)).astype(np.int32))
+    config = RunConfig(out=str(home / "whole"), model=str(tiny_gpt2), tokens=str(home / "ids.npy"),
+                       sites=("resid", "pattern", "loss"), block=1, threads=1)
+    return config, contents(extract(config).path)
+
+
 class Driver:
     """A real `headwater extract --workers 2`; what it starts is known by open files in the folder of its Ray."""
 
     def __init__(self, config, out, command=("-m", "headwater.cli")):
         self.ledger = Path(out) / "headwater/ledger"
-        flags = ["--model", config.model, "--tokens", config.tokens, "--preset", "all", "--block", "2"]
+        flags = ["--model", config.model, "--tokens", config.tokens, "--sites", ",".join(config.sites), "--block", "1"]
         before = [] if command[0] == "-m" else ["unshare", "--net"]
         self.process = subprocess.Popen(
             [*before, sys.executable, *command, "extract", *flags, "--out", out, "--threads", "1", "--workers", "2"],
@@ -45,7 +62,7 @@ class Driver:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def wait_for(self, n_blocks):
-        end = time.monotonic() + 120
+        end = time.monotonic() + PATIENCE
         while not self.ledger.is_dir() or len(list(self.ledger.iterdir())) < n_blocks:
             assert self.process.poll() is None and time.monotonic() < end, self.process.communicate()
             time.sleep(0.005)
@@ -65,7 +82,7 @@ def open_files(pid):
 
 def check_gone(folder, but=b"nothing"):
     """Wait until no process has a file open there."""
-    end = time.monotonic() + 40
+    end = time.monotonic() + PATIENCE
     while alive := [name for name in map(command_of, filter(str.isdecimal, os.listdir("/proc")))
                     if name[1] and but not in name[1] and any(f.startswith(f"{folder}/") for f in open_files(name[0]))]:
         assert time.monotonic() < end, alive
@@ -80,8 +97,8 @@ def command_of(pid):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_leaves_nothing_but_finished_blocks(number, many_blocks, tmp_path):
-    config, expected = many_blocks
+def test_stopping_leaves_nothing_but_finished_blocks(number, long_run, tmp_path):
+    config, expected = long_run
     driver = Driver(config, tmp_path / "run")
     driver.wait_for(2)
     folder = driver.folder()
@@ -89,19 +106,19 @@ def test_stopping_leaves_nothing_but_finished_blocks(number, many_blocks, tmp_pa
         os.killpg(driver.process.pid, number)  # as a terminal does
     else:
         driver.process.send_signal(number)
-    out, err = driver.process.communicate(timeout=60)
+    out, err = driver.process.communicate(timeout=PATIENCE)
     assert (driver.process.returncode, out) == (130, ""), err
     assert "blocks are kept" in err.splitlines()[-1] and "Traceback" not in err, err
     check_gone(folder)
     assert not folder.exists() and not list((tmp_path / "run/headwater/tmp").glob("weights-*"))
     done = len(open_run(tmp_path / "run").ledger.committed())
-    assert 2 <= done < 16 and not verify(open_run(tmp_path / "run")).problems
+    assert 2 <= done < N_BLOCKS and not verify(open_run(tmp_path / "run")).problems
     run = extract(replace(config, out=str(tmp_path / "run")))
     assert contents(run.path) == expected and not verify(run).problems
 
 
-def test_a_killed_driver_leaves_no_process_and_the_next_one_needs_no_network(many_blocks, tmp_path):
-    config, expected = many_blocks
+def test_a_killed_driver_leaves_no_process_and_the_next_one_needs_no_network(long_run, tmp_path):
+    config, expected = long_run
     driver = Driver(config, tmp_path / "run")
     driver.wait_for(2)
     folder = driver.folder()
@@ -110,14 +127,14 @@ def test_a_killed_driver_leaves_no_process_and_the_next_one_needs_no_network(man
     assert folder.exists()
     offline = subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode == 0
     rerun = Driver(config, tmp_path / "run", ("-c", OFFLINE) if offline else ("-m", "headwater.cli"))
-    _, err = rerun.process.communicate(timeout=180)
+    _, err = rerun.process.communicate(timeout=PATIENCE)
     assert rerun.process.returncode == 0, err
-    assert re.search(r"16 blocks, \d+ done already", err) and re.search(r"16/16 blocks .* [012] worker", err), err
+    assert re.search(r"128 blocks, \d+ done already", err) and re.search(r"128/128 blocks .* [012] worker", err), err
     check_gone(folder, but=b"Agent")  # Ray's two agents look for their head for a minute, then end as well
     run = open_run(tmp_path / "run")
     assert contents(run.path) == expected and not verify(run).problems
     assert not list((run.path / "headwater/tmp").iterdir())
-    with suppress(OSError), ray_pool._own_folder():
+    with suppress(OSError), scratch_folder("hw-ray-", ray_cluster.OWN_FOLDERS):
         assert not folder.exists()  # the next run deletes it
 
 
@@ -137,7 +154,7 @@ def test_ray_is_sent_nowhere(many_blocks, tmp_path, monkeypatch):
 def test_nothing_is_left_when_ray_does_not_start(what, many_blocks, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
     config = many_blocks[0]
-    monkeypatch.setattr(ray_pool, "OWN_FOLDERS", tmp_path)
+    monkeypatch.setattr(ray_cluster, "OWN_FOLDERS", tmp_path)
 
     def broken(*arguments, **options):
         raise RuntimeError("no")
@@ -152,12 +169,11 @@ def test_nothing_is_left_when_ray_does_not_start(what, many_blocks, tmp_path, mo
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_the_folder_of_a_dead_process_is_deleted_and_that_of_a_living_one_kept(monkeypatch, tmp_path):
-    monkeypatch.setattr(ray_pool, "OWN_FOLDERS", tmp_path)
+def test_the_folder_of_a_dead_process_is_deleted_and_that_of_a_living_one_kept(tmp_path):
     (tmp_path / "hw-ray-dead").mkdir()
     (tmp_path / "hw-ray-dead/lock").touch()
-    with ray_pool._own_folder() as first:
-        with ray_pool._own_folder() as second:
+    with scratch_folder("hw-ray-", tmp_path) as first:
+        with scratch_folder("hw-ray-", tmp_path) as second:
             assert set(tmp_path.iterdir()) == {first, second}
         assert set(tmp_path.iterdir()) == {first}
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,47 @@
+"""Folders for the time of a process: deleted when it is done, or, where it was killed, by the next one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def scratch_folder(prefix: str, base: Path | None = None) -> Iterator[Path]:
+    """Make a folder, under a lock that dies with us; delete it afterwards, and first those of dead processes.
+
+    `base` is the temporary directory (TMPDIR) by default.
+    """
+    base = base or Path(tempfile.gettempdir())
+    for lock in base.glob(f"{prefix}*/lock"):
+        with suppress(OSError), open(lock) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _delete(lock.parent)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+    with open(folder / "new", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        os.replace(folder / "new", folder / "lock")
+        try:
+            yield folder
+        finally:
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """Delete a folder, the lock last: processes that are just ending may still write, then the next run deletes it."""
+    for _ in range(50):
+        items = [item for item in folder.iterdir() if item.name != "lock"]
+        if not items:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        for item in items:
+            shutil.rmtree(item, ignore_errors=True)
+            with suppress(OSError):
+                item.unlink()
+        time.sleep(0.05)
