@@ -1,104 +1,221 @@
-"""The ledger: one entry a block and attempt, created once and whole; an entry alone commits its block."""
+"""The ledger: one entry a block and attempt, created once and whole; an entry alone commits its block.
+
+Entries are files; thousands of them are moved into an immutable segment. Whoever reads lists the entries first and the
+segments after them, so an entry that is being moved is seen in one place or in both.
+"""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from headwater.store.files import create_durably, json_sum, sync_directory, to_json
+import numpy as np
+
+from headwater.store.entry import Entry as Entry
+from headwater.store.entry import LedgerError as LedgerError
+from headwater.store.entry import decode, encode
+from headwater.store.files import json_sum, to_json
+from headwater.store.place import Place, create_whole, delete_all, names_in, read_all
+from headwater.store.segments import FOLDER as SEGMENTS
+from headwater.store.segments import Segments
 from headwater.store.writer import INTERNAL
 
+LOOSE = -1
+COMPACT_AT = 4096
 
-class LedgerError(RuntimeError):
-    """An entry of the ledger cannot be trusted; the message names it and says what to do."""
 
-
-@dataclass(frozen=True)
-class Entry:
-    """What a worker says of a block that it finished.
-
-    `files` maps paths inside the run to [bytes, sum]; `casts` array → {"overflow": n, "nonfinite": n} of values
-    that the stored type could not hold; `seconds` phase → seconds.
-    """
+class Loose(NamedTuple):
+    """An entry that is a file of its own, by its name; `gone` says that it takes its block out of the run."""
 
     block: int
     attempt: int
-    fingerprint: str
-    first: int
-    last: int
-    n_tokens: int
-    files: dict[str, list[int]]
-    casts: dict[str, dict[str, int]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    worker: str = ""
+    gone: bool
+    name: str
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something of the ledger that cannot be trusted: its path in the run, and the block of an entry."""
+
+    path: str
+    error: LedgerError
+    block: int | None
+
+
+@dataclass(frozen=True)
+class _View:
+    """The newest attempt at every block that was ever tried: arrays in the order of blocks.
+
+    `source` is LOOSE or the number of a segment in `segments`.
+    """
+
+    block: np.ndarray
+    attempt: np.ndarray
+    gone: np.ndarray
+    source: np.ndarray
+    loose: dict[tuple[int, int], Loose]
+    segments: list[str]
+    errors: list[LedgerError]
 
 
 class Ledger:
-    """The entries of one run, as files `<block>.<attempt>.json` that each carry their own checksum."""
+    """The entries of one run: files `<block>.<attempt>.json` that each carry their own checksum, and segments."""
 
-    def __init__(self, run: Path, fingerprint: str) -> None:
+    def __init__(self, run: Place, fingerprint: str) -> None:
         self.folder = run / INTERNAL / "ledger"
         self.fingerprint = fingerprint
-        self._tmp = run / INTERNAL / "tmp"
+        self._run = run
+        self._segments = Segments(run, fingerprint)
 
-    def committed(self) -> dict[int, Path]:
-        """Return the newest entry's path of each committed block, without reading it."""
-        newest: dict[int, tuple[int, Path]] = {}
-        for block, attempt, path in self._scan():
-            if block not in newest or newest[block][0] < attempt:
-                newest[block] = (attempt, path)
-        return {block: path for block, (_, path) in sorted(newest.items())}
+    def committed(self) -> dict[int, int]:
+        """Return the newest attempt of each committed block, in the order of blocks, without reading its entry."""
+        view = self._view()
+        there = ~view.gone
+        return dict(zip(view.block[there].tolist(), view.attempt[there].tolist(), strict=True))
+
+    def tried(self) -> dict[int, int]:
+        """Return the newest attempt of blocks that were committed once and taken out."""
+        view = self._view()
+        return dict(zip(view.block[view.gone].tolist(), view.attempt[view.gone].tolist(), strict=True))
+
+    def trusted(self) -> dict[int, int]:
+        """Return `committed()` after reading what was not moved yet; raise LedgerError for what cannot be trusted."""
+        view = self._view()
+        for error in view.errors:
+            raise error
+        there = ~view.gone
+        newest = dict(zip(view.block[there].tolist(), view.attempt[there].tolist(), strict=True))
+        loose = [item for item in view.loose.values() if newest.get(item.block) == item.attempt]
+        for item, data in zip(loose, read_all(self.folder / item.name for item in loose), strict=True):
+            decode(data, item.name, item.block, self.fingerprint)
+        return newest
 
     def entries(self) -> Iterator[Entry]:
-        """Yield the newest entry of each committed block, in the order of blocks; raise LedgerError for a bad one."""
-        for block, path in self.committed().items():
-            yield self.read(path, block)
+        """Yield the newest entry of each committed block; raise LedgerError for a bad one."""
+        for found in self.examine():
+            if isinstance(found, Damage):
+                raise found.error
+            yield found
+
+    def examine(self) -> Iterator[Entry | Damage]:
+        """Yield the newest entry of each committed block, and what cannot be trusted."""
+        view = self._view()
+        for error in view.errors:
+            name = next((n for n in self._segments.names() if n in str(error)), "")
+            yield Damage(f"{SEGMENTS}/{name}", error, None)
+        there = ~view.gone
+        for at, name in enumerate(view.segments):
+            mine = there & (view.source == at)
+            newest = dict(zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True))
+            if newest:
+                yield from (e for e in self._segments.entries(name) if newest.get(e.block) == e.attempt)
+        mine = there & (view.source == LOOSE)
+        keys = zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True)
+        loose = [view.loose[key] for key in keys]
+        for item, data in zip(loose, read_all(self.folder / item.name for item in loose), strict=True):
+            if isinstance(data, FileNotFoundError):  # it was moved meanwhile
+                yield self.read(item.block)
+                continue
+            try:
+                yield decode(data, item.name, item.block, self.fingerprint)
+            except LedgerError as error:
+                yield Damage(f"{INTERNAL}/ledger/{item.name}", error, item.block)
+
+    def read(self, block: int) -> Entry:
+        """Read the newest entry of a committed block; raise LedgerError where there is none, or a bad one."""
+        for _ in range(2):
+            view = self._view()
+            at = int(np.searchsorted(view.block, block))
+            if at == len(view.block) or view.block[at] != block or view.gone[at]:
+                break
+            attempt, source = int(view.attempt[at]), int(view.source[at])
+            if source != LOOSE:
+                return next(e for e in self._segments.entries(view.segments[source])
+                            if (e.block, e.attempt) == (block, attempt))  # fmt: skip
+            item = view.loose[block, attempt]
+            (data,) = read_all([self.folder / item.name])
+            if not isinstance(data, FileNotFoundError):  # else it was moved meanwhile
+                return decode(data, item.name, block, self.fingerprint)
+        raise LedgerError(f"the ledger has no entry of block {block}.")
 
     def commit(self, entry: Entry) -> bool:
         """Create an entry durably; return False where this block and attempt has one already."""
-        body = asdict(entry)
-        data = to_json(body | {"crc32c": json_sum(body)})
-        name = f"{entry.block:08d}.{entry.attempt}.json"
-        return create_durably(self.folder / name, data, self._tmp / f"{name}.{os.getpid()}")
+        return create_whole(self._run, f"{INTERNAL}/ledger/{entry.block:08d}.{entry.attempt}.json", encode(entry))
 
     def next_attempt(self, block: int) -> int:
         """Return the number of the next attempt at a block."""
-        return 1 + max((a for b, a, _ in self._scan() if b == block), default=0)
+        view = self._view()
+        at = int(np.searchsorted(view.block, block))
+        return 1 + (int(view.attempt[at]) if at < len(view.block) and view.block[at] == block else 0)
 
-    def remove(self, block: int) -> None:
-        """Uncommit a block: delete all of its entries."""
-        for b, _, path in list(self._scan()):
-            if b == block:
-                path.unlink()
-        sync_directory(self.folder)
+    def remove(self, *blocks: int) -> None:
+        """Uncommit blocks: by a newer entry that says so where a segment has one, then by deleting what is loose."""
+        columns, _ = self._segments.columns()
+        in_segments = set(np.concatenate([c.block for c in columns]).tolist()) if columns else set()
+        for block in blocks:
+            if block in in_segments:
+                attempt = self.next_attempt(block)
+                body = {"block": block, "attempt": attempt, "fingerprint": self.fingerprint}
+                data = to_json(body | {"crc32c": json_sum(body)})
+                create_whole(self._run, f"{INTERNAL}/ledger/{block:08d}.{attempt}.gone", data)
+        chosen = set(blocks)
+        names = [item.name for item in self._loose() if item.block in chosen and not item.gone]
+        delete_all(self.folder, names)
 
-    def read(self, path: Path, block: int) -> Entry:
-        """Read and check one entry."""
-        advice = "Run `headwater verify --repair` on the run: the block is then computed again."
-        try:
-            raw: dict[str, Any] = json.loads(path.read_bytes())
-            check = raw.pop("crc32c")
-            entry = Entry(**raw)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise LedgerError(f"ledger entry {path.name} cannot be read ({error}). {advice}") from error
-        if check != json_sum(raw):
-            raise LedgerError(f"ledger entry {path.name} does not match its checksum. {advice}")
-        if entry.fingerprint != self.fingerprint or entry.block != block:
-            raise LedgerError(
-                f"ledger entry {path.name} belongs to another run or block (fingerprint "
-                f"{entry.fingerprint[:12]}, block {entry.block}; expected {self.fingerprint[:12]}, block "
-                f"{block}). {advice}"
-            )
-        return entry
+    def drop_segment(self, path: str) -> None:
+        """Delete a segment that cannot be trusted: what it held is computed again."""
+        delete_all(self._run / SEGMENTS, [path.rpartition("/")[2]])
 
-    def _scan(self) -> Iterator[tuple[int, int, Path]]:
-        if not self.folder.is_dir():
-            return
-        for item in os.scandir(self.folder):
-            block, _, attempt = item.name.removesuffix(".json").partition(".")
-            if item.name.endswith(".json") and block.isdecimal() and attempt.isdecimal():
-                yield int(block), int(attempt), Path(item.path)
+    def compact(self, least: int = COMPACT_AT) -> int:
+        """Move the entries that are files into a new segment, if there are `least`; return how many were moved.
+
+        The segment is durable before any entry is deleted. An entry that cannot be trusted stays where it is. Only the
+        holder of the run's lock may do this.
+        """
+        loose = self._loose()
+        if len(loose) < least:
+            return 0
+        columns, _ = self._segments.columns()
+        known = {pair for c in columns for pair in zip(c.block.tolist(), c.attempt.tolist(), strict=True)}
+        rows, moved = list[tuple[Entry, bool]](), list[str]()
+        for item, data in zip(loose, read_all(self.folder / item.name for item in loose), strict=True):
+            try:
+                if item.gone:
+                    entry = Entry(item.block, item.attempt, self.fingerprint, 0, 0, 0, {})
+                else:
+                    entry = decode(data, item.name, item.block, self.fingerprint)
+            except LedgerError:
+                continue
+            moved.append(item.name)
+            if (item.block, item.attempt) not in known:
+                rows.append((entry, item.gone))
+        if rows:
+            self._segments.write(rows)
+        delete_all(self.folder, moved)
+        return len(moved)
+
+    def _view(self) -> _View:
+        loose = self._loose()  # before the segments: see the module
+        columns, errors = self._segments.columns()
+        parts = [(c.block, c.attempt, c.gone, np.full(len(c.block), at)) for at, c in enumerate(columns)]
+        parts.append((
+            np.array([item.block for item in loose], np.int64), np.array([item.attempt for item in loose], np.int64),
+            np.array([item.gone for item in loose], bool), np.full(len(loose), LOOSE),
+        ))  # fmt: skip
+        block, attempt, gone, source = map(np.concatenate, zip(*parts, strict=True))
+        order = np.lexsort((source, attempt, block))
+        newest = order[np.append(np.diff(block[order]) != 0, True)] if len(order) else order
+        return _View(
+            block[newest], attempt[newest], gone[newest], source[newest],
+            {(item.block, item.attempt): item for item in loose}, [c.name for c in columns], errors,
+        )  # fmt: skip
+
+    def _loose(self) -> list[Loose]:
+        found = []
+        for name in names_in(self.folder):
+            stem, _, kind = name.rpartition(".")
+            block, _, attempt = stem.partition(".")
+            if kind in ("json", "gone") and block.isdecimal() and attempt.isdecimal():
+                found.append(Loose(int(block), int(attempt), kind == "gone", name))
+        return found

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
 
-from headwater.store.files import sync_directory
-from headwater.store.ledger import Entry, LedgerError
+from headwater.store.ledger import Damage, Entry
+from headwater.store.place import Place, delete_all, open_place, size_of
 from headwater.store.reader import Run
+from headwater.store.segments import FOLDER as SEGMENTS
 from headwater.store.shard import CRC_BYTES, crc32c, decode_index, shard_sum
+from headwater.store.writer import INTERNAL
 
 READ_BYTES = 8 << 20
 
@@ -26,6 +27,11 @@ class Problem:
     path: str
     what: str
     block: int | None
+
+    @property
+    def repairable(self) -> bool:
+        """Whether what is damaged can be taken out and computed again."""
+        return self.block is not None or self.path.startswith(f"{SEGMENTS}/")
 
 
 @dataclass(frozen=True)
@@ -76,39 +82,37 @@ def verify(run: Run, quick: bool = False, workers: int = 1, progress: Callable[[
 
 
 def repair(run: Run, report: Report) -> list[int]:
-    """Uncommit every block with a problem, so that resume computes it again; return those blocks."""
+    """Uncommit every block with a problem, so that resume computes it again; return those blocks.
+
+    A damaged segment of the ledger is deleted: the blocks that it held are computed again too.
+    """
     blocks = sorted({p.block for p in report.problems if p.block is not None})
-    for block in blocks:
-        chunk = run.path / "complete" / "c" / str(block)
-        if chunk.exists():
-            chunk.unlink()
-            sync_directory(chunk.parent)
-        run.ledger.remove(block)
+    delete_all(run.path / "complete" / "c", map(str, blocks))
+    run.ledger.remove(*blocks)
+    for problem in report.problems:
+        if problem.block is None and problem.repairable:
+            run.ledger.drop_segment(problem.path)
     return blocks
 
 
 def _entries(run: Run, problems: list[Problem]) -> Iterator[Entry]:
-    for block, path in run.ledger.committed().items():
-        try:
-            entry = run.ledger.read(path, block)
-        except LedgerError as error:
-            problems.append(Problem(str(path.relative_to(run.path)), str(error), block))
-            continue
-        if block >= run.manifest.n_blocks:
-            problems.append(
-                Problem(str(path.relative_to(run.path)), "names a block that the plan does not have", block)
-            )
-            continue
-        yield entry
+    for found in run.ledger.examine():
+        if isinstance(found, Damage):
+            problems.append(Problem(found.path, str(found.error), found.block))
+        elif found.block >= run.manifest.n_blocks:
+            path = f"{INTERNAL}/ledger/{found.block:08d}.{found.attempt}.json"
+            problems.append(Problem(path, "names a block that the plan does not have", found.block))
+        else:
+            yield found
 
 
-def _check_file(path: Path, name: str, size: int, crc: int, n_chunks: int, quick: bool) -> str | None:
+def _check_file(path: Place, name: str, size: int, crc: int, n_chunks: int, quick: bool) -> str | None:
     """Return what is wrong with a file, or None; `n_chunks` is 0 for what is no shard."""
     try:
-        found = path.stat().st_size
+        found = size_of(path)
         if found != size:
             return f"has {found} bytes, expected {size}"
-        with path.open("rb") as file:
+        with open_place(path) as file:
             if quick and n_chunks:
                 file.seek(size - 16 * n_chunks - CRC_BYTES)
                 decode_index(file.read(), n_chunks)
