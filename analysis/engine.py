@@ -21,6 +21,7 @@ from headwater.analysis.reducer import Reducer, State, need_sites
 from headwater.analysis.results import analysis_path
 from headwater.analysis.work import BASE_BYTES, Work, projected_bytes, waiting_states
 from headwater.store.manifest import RunError
+from headwater.store.objects import ObjectPath
 from headwater.store.reader import Run, open_run
 
 Steps = Generator[Sequence[Reducer], list[Any], Any]
@@ -126,12 +127,12 @@ def _read(
 
 
 def _checkpoint(run: Run, analyses: Sequence[Analysis], scan: Scan) -> Checkpoint | None:
-    if scan.keep_seconds is None:
+    if scan.keep_seconds is None or isinstance(run.path, ObjectPath):
         return None
     request = [[a.name, a.passes, a.arguments] for a in analyses]
     blocks = committed_blocks(run, scan.partial)
     identity = [headwater.__version__, np.__version__, run.manifest.fingerprint, request, blocks]
-    return Checkpoint(analysis_path(run, ".unfinished"), identity, scan.keep_seconds)
+    return Checkpoint(Path(str(analysis_path(run, ".unfinished"))), identity, scan.keep_seconds)
 
 
 def reduce_run(

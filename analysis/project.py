@@ -65,6 +65,8 @@ def project(
     blocks = committed_blocks(run, scan.partial)
     name = name or f"{site}_projection"
     target = analysis_path(run, name)
+    if not isinstance(target, Path):
+        raise ValueError(f"a projection is written to a directory beside its run; {run.path} is not on disk. Copy it.")
     new = target.with_name(f".{target.name}.new.{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     arguments = {"site": site, "centring": centring, "positions": positions, "k": v.shape[-2],

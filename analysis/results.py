@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place, for_zarr, place_of
 from headwater.store.reader import Run
 
 
-def analysis_path(run: Run | str | Path, name: str) -> Path:
+def analysis_path(run: Run | str | Path, name: str) -> Place:
     """Return where an analysis of a run is kept: `RUN.analysis/<name>`."""
-    path = (run.path if isinstance(run, Run) else Path(run)).resolve()
+    path = (run.path if isinstance(run, Run) else place_of(run)).resolve()
     return path.with_name(f"{path.name}.analysis") / name
 
 
@@ -74,28 +76,35 @@ def provenance(run: Run, name: str, arguments: Mapping[str, Any], passes: int, c
     }
 
 
-def save(run: Run | str | Path, dataset: Any) -> Path:
+def save(run: Run | str | Path, dataset: Any) -> Place:
     """Write a result to `analysis_path(run, dataset.attrs["analysis"])`, in place of an older one; return the path."""
     return save_at(analysis_path(run, dataset.attrs["analysis"]), dataset)
 
 
-def save_at(target: Path, dataset: Any) -> Path:
+def save_at(target: Place, dataset: Any) -> Place:
     """Write a result as a Zarr group at a path, in place of an older one; return the path."""
+    if isinstance(target, ObjectPath):
+        _write(dataset, target.zarr_store(read_only=False))
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
+    _write(dataset, new)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _write(dataset: Any, store: Any) -> None:
     for name, variable in dataset.variables.items():
         if variable.dtype.kind in "UO":
             dataset = dataset.assign({name: variable.astype(object)})
             dataset[name].encoding.clear()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata")
-        dataset.to_zarr(new, zarr_format=3, consolidated=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
+        dataset.to_zarr(store, mode="w", zarr_format=3, consolidated=True)
 
 
 def load(run: Run | str | Path, name: str) -> Any:
@@ -106,4 +115,4 @@ def load(run: Run | str | Path, name: str) -> Any:
     if not path.is_dir():
         where = run.path if isinstance(run, Run) else run
         raise FileNotFoundError(f"there is no {path}. Make it with `headwater analyze {where} {name}`.")
-    return xarray.open_zarr(path, chunks=None)
+    return xarray.open_zarr(for_zarr(path), chunks=None)

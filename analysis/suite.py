@@ -17,6 +17,7 @@ from headwater.analysis.engine import ONE_BY_ONE, Analysis, Scan, analyse, as_ru
 from headwater.analysis.registry import ENTRIES, REGISTRY, Entry, entry_of
 from headwater.analysis.results import analysis_path, load, save
 from headwater.store.manifest import RunError
+from headwater.store.place import Place
 from headwater.store.reader import Run
 
 KEEP_SECONDS = 30.0
@@ -27,7 +28,7 @@ class Outcome:
     """What `analyze` gives: datasets and their places by analysis, which were there already, and what was skipped."""
 
     results: dict[str, Any] = field(default_factory=dict)
-    paths: dict[str, Path] = field(default_factory=dict)
+    paths: dict[str, Place] = field(default_factory=dict)
     reused: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 

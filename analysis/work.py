@@ -113,7 +113,4 @@ def _check_finite(reducer: Reducer, state: State, run: Run, first: int, last: in
 
 def read_text(run: Run, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Read tokens and row_start of the sequences [first, last): int32 [sequence, position] each."""
-    import zarr
-
-    tokens, row_start = (zarr.open_array(run.path / name, mode="r")[first:last] for name in ("tokens", "row_start"))
-    return np.asarray(tokens), np.asarray(row_start)
+    return run.rows("tokens", first, last), run.rows("row_start", first, last)

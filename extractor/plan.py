@@ -20,12 +20,15 @@ from headwater.extractor.weights import ModelConfig
 from headwater.kernels.cpu import STATISTICS
 from headwater.store.layout import ArraySpec, make_spec
 from headwater.store.manifest import PLAIN_CHUNK_BYTES
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place
 from headwater.store.writer import ring_bytes
 
 BLOCK_TOKENS = 16384
 MICRO_TOKENS = 2048
 BASE_BYTES = 640 << 20
 METADATA_BYTES = 4096
+ENDLESS = 1 << 62
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 
@@ -128,7 +131,7 @@ def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int)
     return total + n_blocks * (shape.block + 4 + 512 + 80 * shards) + METADATA_BYTES * (16 + len(arrays))
 
 
-def check_resources(plan: Plan, out: Path, done: float = 0.0) -> None:
+def check_resources(plan: Plan, out: Place, done: float = 0.0) -> None:
     """Refuse a run that the disk or the memory cannot hold, with both numbers; `done` is the share that is there.
 
     An array with a codec does not count, since nobody knows what is left of it.
@@ -171,8 +174,10 @@ def host_bytes(
     return BASE_BYTES + int(1.1 * (weights + stream + work)) + ring_bytes(arrays)
 
 
-def free_disk(out: Path) -> int:
-    """Return the free bytes of the file system that will hold `out`."""
+def free_disk(out: Place) -> int:
+    """Return the free bytes of the file system that will hold `out`; an object store has no end."""
+    if isinstance(out, ObjectPath):
+        return ENDLESS
     place = out.absolute()
     while not place.exists():
         place = place.parent
@@ -196,7 +201,7 @@ def _room(folder: str, limit: str, used: str, cached: str) -> int:
         most, now = (int(Path(folder, name).read_text()) for name in (limit, used))
         return max(most - now + _table(f"{folder}/memory.stat").get(cached, 0), 0)
     except (OSError, ValueError):
-        return 1 << 62
+        return ENDLESS
 
 
 def _table(path: str) -> dict[str, int]:

@@ -27,10 +27,14 @@ from headwater.extractor.units import show_bytes
 from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
 from headwater.extractor.worker import Worker
 from headwater.store.files import make_directories, sync_directory
-from headwater.store.ledger import Entry, Ledger
+from headwater.store.ledger import COMPACT_AT, Entry, Ledger
 from headwater.store.lock import hold, probe
 from headwater.store.manifest import Manifest, RunError, check_target, manifest_path, read_manifest, settle
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place, place_of
+from headwater.store.publish import clear_unpublished, publish
 from headwater.store.reader import Run, open_run
+from headwater.store.scratch import scratch_folder
 
 
 @dataclass
@@ -69,7 +73,7 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     RunError for a request that cannot be met, and leaves the run resumable on every other error.
     """
     observe = observe or (lambda progress: None)
-    run = Path(config.out)
+    run = place_of(config.out)
     check_target(run)
     started = manifest_path(run).exists()
     if started:
@@ -82,7 +86,7 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
         observe(Progress("blocks", manifest.n_blocks, manifest.n_blocks))
         return open_run(run)
     made = _make_directory(run)
-    with hold(run), _threads(config.threads):
+    with hold(run) as check, _threads(config.threads):
         settle(run)
         probe(run)
         if manifest_path(run).exists():
@@ -95,11 +99,11 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
                 observe(text)
 
             try:
-                manifest = commit_text(config, checkpoint, run, rows)
+                manifest = _commit_text(config, checkpoint, run, rows)
             except ValueError:
                 _remove_directory(run, made)
                 raise
-        _compute(config, checkpoint, run, manifest, observe)
+        _compute(config, checkpoint, run, manifest, observe, check)
     return open_run(run)
 
 
@@ -112,8 +116,21 @@ def _encoded(config: RunConfig, home: Path | None) -> RunConfig:
     return replace(config, edits=encode_edits(edits, None if place is None else load_tokenizer(place)))
 
 
-def _make_directory(run: Path) -> list[Path]:
+def _commit_text(config: RunConfig, checkpoint: Checkpoint, run: Place, rows: Callable[[int], None]) -> Manifest:
+    """Commit the text into the run, through a scratch directory where the run is in an object store."""
+    if not isinstance(run, ObjectPath):
+        return commit_text(config, checkpoint, run, rows)
+    with scratch_folder("hw-text-") as folder:
+        (folder / "run").mkdir()
+        manifest = commit_text(config, checkpoint, folder / "run", rows)
+        publish(folder / "run", run, manifest)
+    return manifest
+
+
+def _make_directory(run: Place) -> list[Path]:
     """Make the directory of a run; return the directories that were not there, the innermost first."""
+    if isinstance(run, ObjectPath):
+        return []
     missing = [path for path in (run, *run.parents) if not path.exists()]
     try:
         for parent in make_directories(run):
@@ -126,16 +143,18 @@ def _make_directory(run: Path) -> list[Path]:
     return missing
 
 
-def _remove_directory(run: Path, made: list[Path]) -> None:
+def _remove_directory(run: Place, made: list[Path]) -> None:
     """Take back what a refused request made; `made` are the directories that were not there before."""
-    if not manifest_path(run).exists():
+    if isinstance(run, ObjectPath):
+        clear_unpublished(run)
+    elif not manifest_path(run).exists():
         shutil.rmtree(run / "headwater", ignore_errors=True)
         for directory in made:
             with suppress(OSError):
                 directory.rmdir()
 
 
-def check_same(config: RunConfig, checkpoint: Checkpoint, run: Path) -> Manifest:
+def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place) -> Manifest:
     """Return the manifest of a run that this request may go on with; raise RunError where it is another's."""
     manifest = read_manifest(run)
     shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
@@ -169,10 +188,18 @@ def plan_of(config: RunConfig, checkpoint: Checkpoint, manifest: Manifest) -> Pl
     return make_plan(replace(config, block=manifest.block), checkpoint.config, shape, manifest.n_sequences)
 
 
-def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, observe: Observer) -> None:
+def _compute(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    run: Place,
+    manifest: Manifest,
+    observe: Observer,
+    check: Callable[[], None],
+) -> None:
     plan = plan_of(config, checkpoint, manifest)
     ledger = Ledger(run, manifest.fingerprint)
-    committed = {entry.block for entry in ledger.entries()}
+    ledger.compact()
+    committed = ledger.trusted()
     progress = Progress("blocks", manifest.n_blocks, len(committed))
     observe(progress)
     missing = [block for block in plan.blocks if block not in committed]
@@ -192,7 +219,10 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
 
     compute = _in_process if config.workers == 0 and config.ray is None else _on_ray
     with closing(compute(config, checkpoint, run, manifest, missing, notify)) as entries:
-        for entry in entries:
+        for n, entry in enumerate(entries, 1):
+            check()
+            if n % COMPACT_AT == 0:
+                ledger.compact()
             progress.done += 1
             progress.n_tokens += entry.n_tokens
             progress.n_bytes += sum(size for size, _ in entry.files.values())
@@ -201,14 +231,15 @@ def _compute(config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Man
 
 
 def _in_process(
-    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int], _: Notify
+    config: RunConfig, checkpoint: Checkpoint, run: Place, manifest: Manifest, blocks: Sequence[int], _: Notify
 ) -> Generator[Entry, None, None]:
     """Compute and commit blocks one after another in this process."""
     plan, ledger = plan_of(config, checkpoint, manifest), Ledger(run, manifest.fingerprint)
     worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
+    tried = ledger.tried()
     try:
         for block in blocks:
-            entry = worker.extract_block(block, 1)  # a block without an entry
+            entry = worker.extract_block(block, tried.get(block, 0) + 1)
             ledger.commit(entry)
             yield entry
     finally:
@@ -216,7 +247,7 @@ def _in_process(
 
 
 def _on_ray(
-    config: RunConfig, checkpoint: Checkpoint, run: Path, manifest: Manifest, blocks: Sequence[int], notify: Notify
+    config: RunConfig, checkpoint: Checkpoint, run: Place, manifest: Manifest, blocks: Sequence[int], notify: Notify
 ) -> Generator[Entry, None, None]:
     """Compute blocks on Ray actors, which commit them themselves."""
     from headwater.extractor.ray_pool import RayPool
@@ -225,19 +256,19 @@ def _on_ray(
         yield from pool.run(blocks)
 
 
-def _finished(manifest: Manifest, run: Path) -> bool:
+def _finished(manifest: Manifest, run: Place) -> bool:
     """Say whether every block is committed; raise LedgerError for an entry that cannot be trusted."""
-    ledger, blocks = Ledger(run, manifest.fingerprint), set(range(manifest.n_blocks))
-    return ledger.committed().keys() >= blocks and {entry.block for entry in ledger.entries()} >= blocks
+    ledger, n = Ledger(run, manifest.fingerprint), manifest.n_blocks
+    return len(ledger.committed()) >= n and ledger.trusted().keys() >= set(range(n))
 
 
-def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Path) -> None:
+def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Place) -> None:
     """Refuse what is wrong with a request before a directory is made."""
     source = Source(config, checkpoint.config, checkpoint.tokenizer)
     check_resources(make_plan(config, checkpoint.config, source.geometry, 1), run)
 
 
-def _stored_request(config: RunConfig, run: Path) -> RunConfig:
+def _stored_request(config: RunConfig, run: Place) -> RunConfig:
     """Fill a request that names only --out with what the run was made from."""
     if config.to_json().keys() - {"out", "threads", "other_processor", "workers", "ray"}:
         return config
@@ -282,8 +313,11 @@ def _check_sources(config: RunConfig, manifest: Manifest) -> None:
             )
 
 
-def _clear_temporary(run: Path) -> None:
+def _clear_temporary(run: Place) -> None:
     """Delete what dead attempts left; the lock makes sure that nobody else is writing."""
+    if isinstance(run, ObjectPath):
+        run.delete([item for item in (run / "headwater" / "tmp").iterdir()])
+        return
     for item in os.scandir(run / "headwater" / "tmp"):
         if item.is_file():
             os.unlink(item.path)

@@ -35,6 +35,7 @@ from headwater.store.manifest import (
     write_metadata,
     write_static,
 )
+from headwater.store.place import place_of
 
 FILES = ("zarr.json", "documents.parquet", "documents.parquet.loose", "tokenizer.json")
 COORDINATES = (
@@ -188,7 +189,7 @@ def _commit(
     _spool(source, table, arrays, progress)
     n = _not_empty(arrays["tokens"].n, source)
     plan = make_plan(config, checkpoint.config, source.geometry, n)
-    check_resources(plan, run)
+    check_resources(plan, place_of(config.out))
     metadata = {name: array.close() for name, array in arrays.items()}
     if source.tokenizer is not None:
         _note(run, "documents.parquet", statics)

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import tokenizers
 
 from headwater.extractor.texts import Document
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place
 
 END_OF_TEXT = ("<|endoftext|>", "<eos>", "</s>")
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json")
@@ -105,12 +108,17 @@ class Tokenizer:
         yield text[start:]
 
 
-def load_tokenizer(source: Path | str) -> Tokenizer:
+def load_tokenizer(source: Place | str) -> Tokenizer:
     """Load a tokenizer.json, a directory with that or with vocab.json and merges.txt, or the tokenizer of a hub id.
 
     Truncation, padding and BPE dropout are turned off. The end-of-text token is the `eos_token` of a
     tokenizer_config.json, else one of END_OF_TEXT. Raises ValueError for what is missing or unreadable.
     """
+    if isinstance(source, ObjectPath):
+        with TemporaryDirectory() as here:
+            copy = Path(here) / "tokenizer.json"
+            copy.write_bytes(source.read_bytes())
+            return load_tokenizer(copy)
     path = Path(source).expanduser()
     if not path.exists():
         if not isinstance(source, str) or not HUB_ID.fullmatch(source) or path.suffix == ".json":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from pathlib import Path
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from headwater.extractor.sites import SITES
 from headwater.store.layout import tile_edge
 from headwater.store.ledger import Entry
 from headwater.store.manifest import Manifest
-from headwater.store.writer import BlockWriter, file_sums
+from headwater.store.place import Place, for_zarr
+from headwater.store.publish import open_writer
+from headwater.store.writer import file_sums
 
 OUTPUT_SITES = ("ln_final_scale", "loss", "top_logits", "top_tokens")
 
@@ -29,13 +31,14 @@ OUTPUT_SITES = ("ln_final_scale", "loss", "top_logits", "top_tokens")
 class Worker:
     """A model and a writer that extract one block after another of one run."""
 
-    def __init__(self, run: Path, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False) -> None:
+    def __init__(self, run: Place, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False) -> None:
         self.run, self.manifest, self.plan, self.model = run, manifest, plan, model
         self.keep_overflow = keep_overflow
         self.editor = Editor(plan.edits, model, manifest.n_positions)
-        self.writer = BlockWriter(run, manifest.arrays, manifest.block)
-        self._tokens = zarr.open_array(run / "tokens", mode="r")
-        self._row_start = zarr.open_array(run / "row_start", mode="r")
+        self._stack = ExitStack()
+        self.writer = self._stack.enter_context(open_writer(run, manifest.arrays, manifest.block))
+        self._tokens = zarr.open_array(for_zarr(run / "tokens"), mode="r")
+        self._row_start = zarr.open_array(for_zarr(run / "row_start"), mode="r")
         self._stream = torch.empty(manifest.block, padded(manifest.n_positions), model.config.d_model)
 
     def extract_block(self, block: int, attempt: int) -> Entry:
@@ -69,7 +72,7 @@ class Worker:
 
     def close(self) -> None:
         """End the writer's threads."""
-        self.writer.close()
+        self._stack.close()
 
     def _walk(self, first: int, last: int, tap: CaptureTap) -> int:
         """Take every micro-batch through a layer before any goes on to the next; return the number of tokens."""

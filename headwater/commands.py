@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headwater.extractor.units import count, show_bytes
@@ -22,9 +21,10 @@ def run_plan(options: Any) -> int:
     from headwater.extractor.plan import available_memory, check_resources, free_disk
     from headwater.extractor.run import plan_run
     from headwater.store.manifest import check_target
+    from headwater.store.place import place_of
 
     config = _config(options, out=NOWHERE)
-    out = Path(config.out)
+    out = place_of(config.out)
     if config.out != NOWHERE:
         check_target(out)
     plan = plan_run(config)
@@ -143,6 +143,7 @@ def _print_workers(workers: dict[str, dict[str, Any]]) -> None:
 
 def run_info(options: Any) -> int:
     """Describe a run and say how to open it."""
+    from headwater.store.objects import ObjectPath
     from headwater.store.reader import open_run
 
     run = open_run(options.run)
@@ -163,7 +164,10 @@ def run_info(options: Any) -> int:
     print(f"made by  headwater {m.made_by['headwater']}, torch {m.made_by['torch']}, {m.made_by['processor']}")
     for spec in m.arrays:
         print(array_line(spec, spec.stored_bytes(m.n_sequences)))
-    print(f"open it  import xarray\n         run = xarray.open_zarr({str(run.path)!r}, chunks=None)")
+    if isinstance(run.path, ObjectPath):
+        print(f"open it  import headwater\n         run = headwater.open_run({str(run.path)!r}).to_xarray()")
+    else:
+        print(f"open it  import xarray\n         run = xarray.open_zarr({str(run.path)!r}, chunks=None)")
     print(f"         run[{m.arrays[0].name!r}]")
     return DONE
 
@@ -187,7 +191,7 @@ def run_verify(options: Any) -> int:
     if options.repair and report.problems:
         with hold(run.path):
             fixed = repair(run, report)
-    bad = [p for p in report.problems if p.block not in fixed]
+    bad = [p for p in report.problems if not (options.repair and p.repairable)]
     if options.json:
         print_json({
             "run": options.run, "n_blocks": report.n_blocks, "committed": report.n_committed,
@@ -204,7 +208,7 @@ def run_verify(options: Any) -> int:
     )
     if fixed:
         print(f"took {count(len(fixed), 'block')} out; `headwater extract --out {options.run}` computes them again")
-    if any(p.block is None for p in bad):
+    if any(not p.repairable for p in bad):
         print("files that are written once cannot be repaired: restore them from a copy, or extract the run anew")
     elif bad:
         print(f"`headwater verify --repair {options.run}` takes the damaged blocks out, to be computed again")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 def print_plan(plan: Plan, free: int, memory: int) -> None:
     """Print each array with its bytes, what the run needs and what there is, and what a reader should know."""
+    from headwater.extractor.plan import ENDLESS
+
     shape, sizes = plan.geometry, plan.array_bytes()
     n_tokens = plan.n_sequences * shape.seq_len
     print(
@@ -24,7 +26,8 @@ def print_plan(plan: Plan, free: int, memory: int) -> None:
         print(array_line(spec, sizes[spec.name], f"{show_bytes(sizes[spec.name] / n_tokens):>9}/token"))
     for name, size in (("the rest", plan.text_bytes), ("total", plan.total_bytes)):
         print(f"  {name:15}{show_bytes(size):>9}{show_bytes(size / n_tokens):>9}/token")
-    print(f"disk    {show_bytes(plan.total_bytes)} needed, {show_bytes(free)} free")
+    room = "in an object store" if free >= ENDLESS else f"{show_bytes(free)} free"
+    print(f"disk    {show_bytes(plan.total_bytes)} needed, {room}")
     print(f"memory  {show_bytes(plan.host_bytes)} needed, {show_bytes(memory)} available")
     names, share = plan.heaviest()
     if len(plan.arrays) > 1:

@@ -6,23 +6,30 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 from headwater.store.files import make_directories, sync_directory
+from headwater.store.lease import LockedError as LockedError
+from headwater.store.lease import lease
 from headwater.store.manifest import PROBE
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place
 from headwater.store.writer import INTERNAL
 
 
-class LockedError(RuntimeError):
-    """Another process is writing to the run; the message names it."""
-
-
 @contextmanager
-def hold(run: Path) -> Iterator[None]:
-    """Hold the run's lock; raise LockedError with the first holder's name where it is taken."""
+def hold(run: Place) -> Iterator[Callable[[], None]]:
+    """Hold the run's lock; raise LockedError with the first holder's name where it is taken.
+
+    Yield a function that raises LockedError once the lock is lost, which can only happen in an object store.
+    """
+    if isinstance(run, ObjectPath):
+        with lease(run) as check:
+            yield check
+        return
     path = run / INTERNAL / "lock"
     make_directories(path.parent)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -37,7 +44,7 @@ def hold(run: Path) -> Iterator[None]:
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")}
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(me).encode(), 0)
-        yield
+        yield lambda: None
     finally:
         os.close(handle)
 
@@ -50,11 +57,16 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def probe(run: Path) -> None:
-    """Try on the target what the run's promise rests on: rename, directory fsync, hard links.
+def probe(run: Place) -> None:
+    """Try on the target what the run's promise rests on: rename, directory fsync, hard links; of an object, a write.
 
-    Raises RunError-like OSError with the operation's name where one is refused.
+    Raises OSError with the operation's name where one is refused.
     """
+    if isinstance(run, ObjectPath):
+        item = run / INTERNAL / "tmp" / f"{PROBE}{socket.gethostname()}-{os.getpid()}"
+        item.write_bytes(b"headwater")
+        item.unlink()
+        return
     folder = run / INTERNAL / "tmp"
     make_directories(folder)
     first, second, third = (folder / f"{PROBE}{os.getpid()}-{i}" for i in range(3))

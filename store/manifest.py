@@ -16,6 +16,8 @@ import numpy as np
 
 from headwater.store.files import json_sum, make_directories, sync_directory, to_json, write_durably, write_temporary
 from headwater.store.layout import ArraySpec, array_metadata
+from headwater.store.objects import ObjectPath, StoreError
+from headwater.store.place import Place
 from headwater.store.shard import CRC_BYTES, crc32c
 from headwater.store.writer import INTERNAL
 
@@ -69,17 +71,18 @@ class Manifest:
         return raw | {"crc32c": json_sum(raw)}
 
 
-def manifest_path(run: Path) -> Path:
+def manifest_path(run: Place) -> Place:
     return run / INTERNAL / "manifest.json"
 
 
-def read_manifest(run: Path) -> Manifest:
+def read_manifest(run: Place) -> Manifest:
     """Read a run's manifest; raise RunError where there is none, or one of another version,
     RunDamaged where it does not match its checksum."""
     path = manifest_path(run)
     if not run.is_dir():
         raise RunError(
-            f"there is no run at {run}: no such directory. Check the path, or make one with `headwater extract --out`."
+            f"there is no run at {run}: no such {'prefix' if isinstance(run, ObjectPath) else 'directory'}. Check the "
+            "path, or make one with `headwater extract --out`."
         )
     try:
         raw = json.loads(path.read_bytes())
@@ -92,6 +95,8 @@ def read_manifest(run: Path) -> Manifest:
             f"{run} is not a Headwater run, or its text was never committed: {path} does not exist. Check "
             "the path, or run `headwater extract` again with the same arguments."
         ) from None
+    except StoreError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunDamaged(
             f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
@@ -108,7 +113,8 @@ def read_manifest(run: Path) -> Manifest:
 
 def write_manifest(run: Path, manifest: Manifest) -> None:
     """Commit stage 0."""
-    write_durably(manifest_path(run), to_json(manifest.to_json()), run / INTERNAL / "tmp" / "manifest.json")
+    temporary = run / INTERNAL / "tmp" / "manifest.json"
+    write_durably(run / INTERNAL / "manifest.json", to_json(manifest.to_json()), temporary)
     (run / INTERNAL / "unfinished").unlink(missing_ok=True)
 
 
@@ -201,8 +207,11 @@ def write_coordinate(
     return array_metadata(data.shape, data.dtype.name, data.shape, None, fill, (dim,), {})
 
 
-def check_target(run: Path) -> None:
+def check_target(run: Place) -> None:
     """Refuse a directory that is neither new, nor empty, nor ours; nothing is touched."""
+    if isinstance(run, ObjectPath):
+        _check_prefix(run)
+        return
     if not run.exists():
         return
     if not run.is_dir():
@@ -219,12 +228,28 @@ def check_target(run: Path) -> None:
             )
 
 
+def _check_prefix(run: ObjectPath) -> None:
+    if manifest_path(run).is_file() or (run / INTERNAL / "unfinished").is_file():
+        return
+    for item in run.iterdir():
+        name = item.relative_to(run).as_posix()
+        if name != f"{INTERNAL}/lock" and not name.startswith(f"{INTERNAL}/tmp/"):
+            raise RunError(
+                f"--out {run} is not empty and not a Headwater run (it holds {name!r}). Name a new prefix; Headwater "
+                "writes only into its own."
+            )
+
+
 def _listed(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def settle(run: Path) -> None:
+def settle(run: Place) -> None:
     """Make durable what an earlier process may have left visible but not synced; the caller holds the lock."""
+    if isinstance(run, ObjectPath):
+        if manifest_path(run).is_file():
+            (run / INTERNAL / "unfinished").unlink()
+        return
     internal = run / INTERNAL
     make_directories(internal / "tmp")
     make_directories(internal / "ledger")

@@ -1,12 +1,11 @@
-"""Read a run: named slices, blocks, xarray. Uncompressed shards are mapped into memory and not copied."""
+"""Read a run: named slices, blocks, xarray. Uncompressed shards on disk are mapped into memory and not copied."""
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,29 @@ from numcodecs.zstd import Zstd
 from headwater.store.layout import CODECS, ArraySpec
 from headwater.store.ledger import Ledger
 from headwater.store.manifest import Manifest, RunError, read_manifest
-from headwater.store.shard import CRC_BYTES, MISSING, crc32c, decode_index
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place, for_zarr, place_of, size_of
+from headwater.store.shard import CRC_BYTES, MISSING, crc32c
+from headwater.store.shard_file import ShardFile, open_shard
 
 OPEN_SHARDS = 64
+FETCHES = 8
+ChunkPlace = tuple[int, ...]
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def open_run(path: str | os.PathLike[str] | ObjectPath) -> Run:
     """Open a run for reading, whole or half done; raise RunError where there is none."""
-    return Run(Path(path))
+    return Run(place_of(path))
 
 
 class Run:
-    """A run on disk. `run["resid"][4, 0]` gives numpy values; `run.to_xarray()` a dataset.
+    """A run on disk or in an object store. `run["resid"][4, 0]` gives numpy values; `run.to_xarray()` a dataset.
 
     What was not captured yet reads as the array's fill value (NaN, −1); `run.complete` says which sequences are there.
-    Raw values are read through memory maps, without their checksums: `headwater verify` checks those.
+    On disk, raw values are read through memory maps, without their checksums: `headwater verify` checks those.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         self.ledger = Ledger(path, self.manifest.fingerprint)
@@ -63,11 +67,20 @@ class Run:
 
     def plain(self, name: str) -> np.ndarray:
         """Read one of the small arrays whole: tokens, length, row_start, complete, labels, coordinates."""
+        return self.rows(name)
+
+    def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Read rows [first, last) of one of the small arrays."""
         import zarr
 
         if not (self.path / name / "zarr.json").is_file():
             raise RunError(f"{self.path} has no array {name!r}.")
-        return np.asarray(zarr.open_array(self.path / name, mode="r")[...])
+        return np.asarray(zarr.open_array(for_zarr(self.path / name), mode="r")[first:last])
+
+    def read_text(self, name: str) -> str | None:
+        """Read a text file of the run, such as tokenizer.json; None where it has none."""
+        path = self.path / name
+        return path.read_text() if path.is_file() else None
 
     def spec(self, name: str) -> ArraySpec:
         """Return the specification of a captured array; raise RunError with what there is."""
@@ -94,7 +107,7 @@ class Run:
         """Open the run as an xarray dataset; values are read when they are used."""
         import xarray
 
-        return xarray.open_zarr(self.path, chunks=None)
+        return xarray.open_zarr(for_zarr(self.path), chunks=None)
 
     def stream(self, site: str = "resid", batch_tokens: int = 4096, **options: Any) -> Any:
         """Stream a site's vectors in shuffled batches, as a torch IterableDataset; see `headwater.stream`."""
@@ -102,18 +115,14 @@ class Run:
 
         return headwater.stream(self, site, batch_tokens, **options)
 
-    def _open_shard(self, path: str, n_chunks: int) -> tuple[np.ndarray, np.ndarray]:
-        """Map a shard: its bytes (uint8) and its index [chunk, (offset, bytes)]; raise FileNotFoundError without it."""
+    def _open_shard(self, path: str, n_chunks: int) -> ShardFile:
+        """Open a shard with its index; raise FileNotFoundError without it."""
         try:
-            with (self.path / path).open("rb") as file:
-                data = np.frombuffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), np.uint8)
+            return open_shard(self.path / path, n_chunks)
         except ValueError as error:
-            raise RunError(f"{self.path / path} is empty. Run `headwater verify --repair {self.path}`.") from error
-        try:
-            return data, decode_index(data[-(16 * n_chunks + CRC_BYTES) :].tobytes(), n_chunks)
-        except ValueError as error:
+            what = "is empty" if size_of(self.path / path) == 0 else str(error)
             raise RunError(
-                f"{self.path / path}: {error}. Run `headwater verify --repair {self.path}`, then extract again."
+                f"{self.path / path}: {what}. Run `headwater verify --repair {self.path}`, then extract again."
             ) from error
 
 
@@ -139,23 +148,21 @@ class RunArray:
             range(r.start // c, -(-r.stop // c)) if len(r) else range(0)
             for r, c in zip(ranges, self.spec.chunk, strict=True)
         ]
-        if all(len(c) == 1 for c in chunks):
-            place = tuple(c[0] for c in chunks)
-            data = self._chunk(place)
+        places = [tuple(c[i] for c, i in zip(chunks, at, strict=True)) for at in np.ndindex(*map(len, chunks))]
+        if len(places) == 1 and all(map(len, ranges)):
+            ((place, data),) = self._read(places)
             inside = tuple(
                 slice(r.start - p * c, r.stop - p * c) for r, p, c in zip(ranges, place, self.spec.chunk, strict=True)
             )
             out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype) if data is None else data[inside]
         else:
             out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype)
-            for place in np.ndindex(*map(len, chunks)):
-                self._copy(tuple(c[i] for c, i in zip(chunks, place, strict=True)), ranges, out)
+            for place, data in self._read(places):
+                if data is not None:
+                    self._copy(place, data, ranges, out)
         return out[tuple(0 if d else slice(None) for d in dropped)]
 
-    def _copy(self, place: tuple[int, ...], ranges: list[range], out: np.ndarray) -> None:
-        data = self._chunk(place)
-        if data is None:
-            return
+    def _copy(self, place: ChunkPlace, data: np.ndarray, ranges: list[range], out: np.ndarray) -> None:
         source, target = [], []
         for p, c, r in zip(place, self.spec.chunk, ranges, strict=True):
             low, high = max(r.start, p * c), min(r.stop, (p + 1) * c)
@@ -163,25 +170,47 @@ class RunArray:
             target.append(slice(low - r.start, high - r.start))
         out[tuple(target)] = data[tuple(source)]
 
-    def _chunk(self, place: tuple[int, ...]) -> np.ndarray | None:
-        spec = self.spec
-        shard = [p // g for p, g in zip(place, spec.grid, strict=True)]
-        path = spec.shard_path(shard[0], shard[1]) if spec.axis else spec.shard_path(0, shard[0])
+    def _read(self, places: Sequence[ChunkPlace]) -> Iterator[tuple[ChunkPlace, np.ndarray | None]]:
+        """Yield chunks, None for those that are missing, shard by shard; objects are fetched side by side."""
+        groups: dict[str, list[ChunkPlace]] = {}
+        for place in places:
+            groups.setdefault(self._shard_of(place), []).append(place)
+        if isinstance(self._run.path, ObjectPath) and len(groups) > 1:
+            with ThreadPoolExecutor(FETCHES) as pool:
+                for found in pool.map(self._read_shard, groups, groups.values()):
+                    yield from found
+        else:
+            for path, members in groups.items():
+                yield from self._read_shard(path, members)
+
+    def _shard_of(self, place: ChunkPlace) -> str:
+        shard = [p // g for p, g in zip(place, self.spec.grid, strict=True)]
+        return self.spec.shard_path(shard[0], shard[1]) if self.spec.axis else self.spec.shard_path(0, shard[0])
+
+    def _read_shard(self, path: str, places: Sequence[ChunkPlace]) -> list[tuple[ChunkPlace, np.ndarray | None]]:
+        grid = self.spec.grid
         try:
-            data, index = self._run._shard(path, int(np.prod(spec.grid)))
+            shard = self._run._shard(path, int(np.prod(grid)))
         except FileNotFoundError:
-            return None
-        inside = [p % g for p, g in zip(place, spec.grid, strict=True)]
-        offset, n_bytes = (int(x) for x in index[np.ravel_multi_index(inside, spec.grid)])
-        if offset == MISSING:
-            return None
-        raw = data[offset : offset + n_bytes - CRC_BYTES]
-        if CODECS[spec.codec] is not None:
-            if crc32c(raw) != data[offset + n_bytes - CRC_BYTES : offset + n_bytes].tobytes():
-                raise RunError(
-                    f"{self._run.path / path}: chunk {tuple(inside)} does not match its checksum. Run "
-                    f"`headwater verify --repair {self._run.path}`, then extract again."
-                )
+            return [(place, None) for place in places]
+        inside = [tuple(p % g for p, g in zip(place, grid, strict=True)) for place in places]
+        spots = [shard.index[np.ravel_multi_index(i, grid)] for i in inside]
+        there = [i for i, spot in enumerate(spots) if int(spot[0]) != MISSING]
+        parts = shard.read([(int(spots[i][0]), int(spots[i][1])) for i in there]) if there else []
+        found: list[tuple[ChunkPlace, np.ndarray | None]] = [(place, None) for place in places]
+        for i, part in zip(there, parts, strict=True):
+            found[i] = places[i], self._decode(part, shard.checked, f"{self._run.path / path}: chunk {inside[i]}")
+        return found
+
+    def _decode(self, stored: np.ndarray, checked: bool, what: str) -> np.ndarray:
+        spec, raw = self.spec, stored[:-CRC_BYTES]
+        packed = CODECS[spec.codec] is not None
+        if (packed or not checked) and crc32c(raw) != stored[-CRC_BYTES:].tobytes():
+            raise RunError(
+                f"{what} does not match its checksum. Run `headwater verify --repair {self._run.path}`, then extract "
+                "again."
+            )
+        if packed:
             raw = np.frombuffer(Zstd().decode(raw), np.uint8)
         return raw.view(self.dtype).reshape(spec.chunk)
 

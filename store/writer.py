@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -61,13 +61,21 @@ class BlockWriter:
     """Take the values of one block after another and make their shards; used by one thread.
 
     `block` is the number of sequences of a whole block. `begin`, then `parts` or `tile_row` for every value,
-    `close_layer` as layers end, `finish` at the end.
+    `close_layer` as layers end, `finish` at the end. With a `sink`, `run` holds only temporary files, and the sink is
+    given each finished one with its path in the run, and takes it away.
     """
 
     def __init__(
-        self, run: Path, specs: Sequence[ArraySpec], block: int, n_threads: int = 1, direct: bool = True
+        self,
+        run: Path,
+        specs: Sequence[ArraySpec],
+        block: int,
+        n_threads: int = 1,
+        direct: bool = True,
+        sink: Callable[[Path, str], None] | None = None,
     ) -> None:
         self.run = run
+        self._sink = sink
         self.block = block
         self.direct = direct
         self._arrays = {s.name: _Array(s, Ring(RING_DEPTH, chunks_per_slab(s), s.chunk_bytes)) for s in specs}
@@ -225,6 +233,9 @@ class BlockWriter:
         self.seconds["sync"] += time.perf_counter() - start
 
     def _rename(self, temporary: Path, path: str) -> None:
+        if self._sink is not None:
+            self._sink(temporary, path)
+            return
         final = self.run / path
         make_directories(final.parent)
         os.replace(temporary, final)

@@ -1,0 +1,161 @@
+"""The lock of a run in an object store: an object that its holder writes again and again.
+
+Nobody's clock is compared. Who finds a lock watches it: one that changes is held, and its holder is named; one that
+does not change for LEASE_SECONDS belongs to a dead process and is taken over. The lock saves work and keeps progress
+readable; were it broken, two drivers would write equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+from headwater.store.objects import ObjectPath, StoreError
+from headwater.store.writer import INTERNAL
+
+REFRESH_SECONDS = 10.0
+LEASE_SECONDS = 60.0
+POLL_SECONDS = 1.0
+
+
+class LockedError(RuntimeError):
+    """Another process is writing to the run; the message names it."""
+
+
+@contextmanager
+def lease(run: ObjectPath) -> Iterator[Callable[[], None]]:
+    """Hold the run's lock; raise LockedError with the holder's name where it is taken.
+
+    Yield a function that raises LockedError once somebody else has taken it over.
+    """
+    held = _Lease(run)
+    held.take()
+    thread = threading.Thread(target=held.refresh, daemon=True, name="headwater-lease")
+    thread.start()
+    try:
+        yield held.check
+    finally:
+        held.end.set()
+        thread.join()
+        with suppress(OSError):
+            held.release()
+
+
+class _Lease:
+    def __init__(self, run: ObjectPath) -> None:
+        self._run, self._path = run, run / INTERNAL / "lock"
+        self._me: dict[str, Any] = {
+            "host": socket.gethostname(), "pid": os.getpid(), "key": uuid.uuid4().hex, "beat": 0,
+            "since": datetime.now().isoformat(timespec="seconds"),
+        }  # fmt: skip
+        self._tag = ""
+        self._lost: LockedError | None = None
+        self.end = threading.Event()
+
+    def take(self) -> None:
+        """Create the lock, or take over that of a dead process."""
+        if self._path.create(self._data()):
+            self._tag = self._path.read_with_tag()[1]
+            return
+        try:
+            before, tag = self._path.read_with_tag()
+        except FileNotFoundError:
+            return self.take()
+        end = time.monotonic() + (0 if _is_dead(before) else LEASE_SECONDS)
+        while time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+            try:
+                now, tag = self._path.read_with_tag()
+            except FileNotFoundError:
+                return self.take()
+            if now != before:
+                raise self._locked(now)
+        try:
+            self._tag = self._replace(tag)
+        except FileExistsError:
+            raise self._locked(self._path.read_bytes()) from None
+
+    def refresh(self) -> None:
+        """Write the lock again and again, until `end` is set or it is lost."""
+        while not self.end.wait(REFRESH_SECONDS):
+            with suppress(StoreError):  # the next time will do
+                try:
+                    self._me["beat"] += 1
+                    self._tag = self._replace(self._tag)
+                except (FileExistsError, FileNotFoundError):
+                    now, tag = self._read()
+                    if _key(now) != self._me["key"]:
+                        self._lost = self._locked(now)
+                        return
+                    self._tag = tag  # it was our own request, whose answer was lost
+
+    def check(self) -> None:
+        """Raise LockedError where the lock is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def release(self) -> None:
+        """Delete the lock if it is still ours."""
+        if _key(self._read()[0]) == self._me["key"]:
+            self._path.unlink()
+
+    def _replace(self, tag: str) -> str:
+        try:
+            return self._path.replace_version(self._data(), tag)
+        except NotImplementedError:
+            now, _ = self._read()
+            if self._tag and _key(now) != self._me["key"]:
+                raise FileExistsError from None
+            self._path.write_bytes(self._data())
+            return self._read()[1]
+
+    def _read(self) -> tuple[bytes, str]:
+        try:
+            return self._path.read_with_tag()
+        except FileNotFoundError:
+            return b"", ""
+
+    def _data(self) -> bytes:
+        return json.dumps(self._me).encode()
+
+    def _locked(self, data: bytes) -> LockedError:
+        raw = _parse(data)
+        who = "process {pid} on {host} since {since}".format(**raw) if {"pid", "host", "since"} <= raw.keys() else ""
+        return LockedError(
+            f"{self._run} is being written by {who or 'another process'}. One run has one writer: wait for it, or stop "
+            "it and run this command again."
+        )
+
+
+def _is_dead(data: bytes) -> bool:
+    """Whether the holder was a process of this machine that is gone."""
+    raw = _parse(data)
+    if raw.get("host") != socket.gethostname() or not isinstance(raw.get("pid"), int):
+        return False
+    try:
+        os.kill(raw["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _key(data: bytes) -> str:
+    return str(_parse(data).get("key", ""))
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        raw = json.loads(data)
+    except ValueError:
+        return {}
+    return raw if isinstance(raw, dict) else {}

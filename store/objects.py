@@ -1,0 +1,360 @@
+"""Runs in an object store: the part of `pathlib.Path` that a run needs. This is the only module that imports obstore.
+
+Credentials come from the store's standard chain: the environment, then (with boto3) ~/.aws and instance metadata, else
+obstore's own chain. They are never kept here, nor part of a message.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from random import random
+from typing import Any, BinaryIO, TypeVar
+
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+PUT_BYTES = 64 << 20
+PART_BYTES = 16 << 20
+READ_BYTES = 8 << 20
+REQUEST_SECONDS = 300
+RETRIES: dict[str, Any] = {
+    "max_retries": 12,
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
+    "retry_timeout": timedelta(minutes=5),
+}
+ATTEMPTS = 10
+NO_BUCKET = "{}: there is no such bucket"
+PAGE = 1000
+T = TypeVar("T")
+
+
+class StoreError(OSError):
+    """An object store refused, or cannot be reached; what was committed stays."""
+
+
+class BrokenAnswer(StoreError):
+    """A store's answer broke off: the same question can be asked again."""
+
+
+class ObjectPath:
+    """An object, or a prefix of objects, written like a path: `ObjectPath("s3://bucket/run") / "resid" / "zarr.json"`.
+
+    An object is written whole or not at all, and is durable when the call returns.
+    """
+
+    def __init__(self, root: str, key: str = "") -> None:
+        self.root, self.key = root.rstrip("/"), key
+
+    def __truediv__(self, name: str) -> ObjectPath:
+        return ObjectPath(self.root, f"{self.key}/{name}".strip("/"))
+
+    def __str__(self) -> str:
+        return f"{self.root}/{self.key}".rstrip("/")
+
+    __repr__ = __str__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectPath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return str(self).rpartition("/")[2]
+
+    def relative_to(self, other: ObjectPath) -> PurePosixPath:
+        """Return the path inside a prefix."""
+        return PurePosixPath(str(self)).relative_to(str(other))
+
+    def with_name(self, name: str) -> ObjectPath:
+        """Return a neighbour: `s3://bucket/run` → `s3://bucket/<name>`."""
+        return ObjectPath(str(self).rpartition("/")[0], name)
+
+    def is_file(self) -> bool:
+        """Whether there is an object of this name."""
+        try:
+            self.size()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        """Whether there are objects under this prefix."""
+        return _ask(self, lambda: any(map(len, _obstore().list(_store(self.root), self.key or None, chunk_size=1))))
+
+    def exists(self) -> bool:
+        """Whether there is anything here."""
+        return self.is_file() or self.is_dir()
+
+    def size(self) -> int:
+        """Return the object's bytes; raise FileNotFoundError without it."""
+        return _ask(self, lambda: int(_obstore().head(_store(self.root), self.key)["size"]))
+
+    def read_bytes(self) -> bytes:
+        """Return the whole object; raise FileNotFoundError without it."""
+        return self.read_with_tag()[0]
+
+    def read_with_tag(self) -> tuple[bytes, str]:
+        """Return the whole object and the tag of this version of it."""
+
+        def get() -> tuple[bytes, str]:
+            found = _obstore().get(_store(self.root), self.key)
+            return bytes(found.bytes()), str(found.meta["e_tag"])
+
+        return _ask(self, get)
+
+    def read_text(self) -> str:
+        """Return the whole object as UTF-8 text."""
+        return self.read_bytes().decode()
+
+    def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Return parts (offset, bytes) of the object; neighbours are fetched together."""
+        starts, lengths = zip(*ranges, strict=True)
+
+        def get() -> list[bytes]:
+            parts = _obstore().get_ranges(_store(self.root), self.key, starts=starts, lengths=lengths)
+            return [bytes(part) for part in parts]
+
+        return _ask(self, get)
+
+    def read_end(self, n_bytes: int) -> bytes:
+        """Return the last bytes of the object."""
+        last = {"range": {"suffix": n_bytes}}
+        return _ask(self, lambda: bytes(_obstore().get(_store(self.root), self.key, options=last).bytes()))
+
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Open the object for reading, with seeks."""
+        reader = _ask(self, lambda: _obstore().open_reader(_store(self.root), self.key, buffer_size=READ_BYTES))
+        return io.BufferedReader(_Reader(self, reader), READ_BYTES)
+
+    def iterdir(self) -> Iterator[ObjectPath]:
+        """Yield the objects under this prefix, at any depth."""
+        after = None
+        while page := _ask(self, partial(self._page, after)):
+            yield from (ObjectPath(self.root, name) for name in page)
+            after = page[-1]
+
+    def touch(self) -> None:
+        """Write an empty object."""
+        self.write_bytes(b"")
+
+    def _page(self, after: str | None) -> list[str]:
+        """List up to PAGE objects behind a key."""
+        stream = _obstore().list(_store(self.root), self.key or None, offset=after, chunk_size=PAGE)
+        return [item["path"] for item in next(iter(stream), [])]
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the object in one request."""
+        _ask(self, lambda: _obstore().put(_store(self.root), self.key, data, use_multipart=False))
+
+    def put_file(self, source: Path) -> None:
+        """Copy a file into the object, in one request up to 64 MiB, in parts beyond."""
+        size = {"use_multipart": source.stat().st_size > PUT_BYTES, "chunk_size": PART_BYTES}
+        _ask(self, lambda: _obstore().put(_store(self.root), self.key, source, **size))
+
+    def create(self, data: bytes) -> bool:
+        """Write the object unless it exists; return whether it is ours.
+
+        The condition is the store's own (If-None-Match) where it has that, else a look before. A request whose answer
+        was lost is told from another's by its bytes.
+        """
+        for attempt in range(ATTEMPTS):
+            try:
+                self._put_if(data, "create")
+                return True
+            except FileExistsError:
+                return self.read_bytes() == data
+            except NotImplementedError:
+                if self.is_file():
+                    return self.read_bytes() == data
+                self.write_bytes(data)
+                return True
+            except StoreError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                _rest(attempt)
+        raise AssertionError("unreachable")
+
+    def replace_version(self, data: bytes, tag: str) -> str:
+        """Write the object if it still has this tag; return the new one, or raise FileExistsError."""
+        return self._put_if(data, {"e_tag": tag})
+
+    def _put_if(self, data: bytes, mode: Any) -> str:
+        errors = _errors()
+        with _explained(self):
+            try:
+                return str(_obstore().put(_store(self.root), self.key, data, mode=mode)["e_tag"])
+            except (errors.AlreadyExistsError, errors.PreconditionError) as error:
+                raise FileExistsError(f"{self} was written by another process") from error
+            except (errors.NotSupportedError, errors.GenericError) as error:
+                if isinstance(error, errors.NotSupportedError) or "501 Not Implemented" in str(error):
+                    raise NotImplementedError(f"the store of {self} has no conditional writes") from error
+                raise
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete the object; without it nothing happens, whatever `missing_ok` says."""
+        self.delete([self])
+
+    def delete(self, objects: Iterable[ObjectPath]) -> None:
+        """Delete objects of the same run, many a request."""
+        if keys := [item.key for item in objects]:
+            _ask(self, lambda: _obstore().delete(_store(self.root), keys))
+
+    def absolute(self) -> ObjectPath:
+        """Return the path itself."""
+        return self
+
+    resolve = absolute
+
+    def zarr_store(self, read_only: bool = True) -> Any:
+        """Return the prefix as a store for zarr and xarray."""
+        from zarr.storage import ObjectStore
+
+        return ObjectStore(_store(str(self)), read_only=read_only)
+
+
+class _Reader(io.RawIOBase):
+    """obstore's reader as a raw file: io.BufferedReader does the rest."""
+
+    def __init__(self, path: ObjectPath, reader: Any) -> None:
+        self._path, self._reader = path, reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        at = self._reader.tell()
+
+        def read() -> bytes:
+            self._reader.seek(at)
+            return bytes(self._reader.read(len(buffer)))
+
+        data = _ask(self._path, read)
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return int(self._reader.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._reader.tell())
+
+
+def is_url(text: str) -> bool:
+    """Say whether a text names a place in an object store."""
+    return text.partition("://")[0] in SCHEMES and "://" in text
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+    except ImportError as error:
+        raise ValueError(
+            "runs in an object store need the package obstore: install Headwater with it, `pip install headwater[s3]`."
+        ) from error
+    return obstore
+
+
+def _errors() -> Any:
+    import obstore.exceptions
+
+    return obstore.exceptions
+
+
+def _store(root: str) -> Any:
+    """Return obstore's handle of a prefix, one a process: its threads do not survive a fork."""
+    _obstore()
+    return _connect(root, os.getpid())
+
+
+@lru_cache(64)
+def _connect(root: str, process: int) -> Any:
+    from obstore.store import from_url
+
+    scheme, _, rest = root.partition(":")
+    if not rest.strip("/"):
+        raise ValueError(f"{scheme}:// names no bucket; expected {scheme}://BUCKET/PREFIX.")
+    options: dict[str, Any] = {"timeout": f"{REQUEST_SECONDS} seconds", "connect_timeout": "20 seconds"}
+    more: dict[str, Any] = {"client_options": options, "retry_config": RETRIES}
+    if scheme in ("s3", "s3a"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        more |= {"config": {"endpoint": endpoint}} if endpoint else {}
+        options["allow_http"] = endpoint.startswith("http://")
+        if (provider := _aws_credentials()) is not None:
+            more["credential_provider"] = provider
+    return from_url(root, **more)
+
+
+def _aws_credentials() -> Any:
+    """Return boto3's credentials where the environment has none: ~/.aws, web identity, containers, instances."""
+    if "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ:
+        return None
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        return None
+    try:
+        return Boto3CredentialProvider()
+    except ValueError as error:
+        raise StoreError(
+            "there are no credentials for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or make "
+            "~/.aws/credentials (AWS_SKIP_SIGNATURE=true reads a public bucket)"
+        ) from error
+
+
+def _ask(path: ObjectPath, call: Callable[[], T]) -> T:
+    """Ask a store for something; again where an answer broke off, which obstore does not try again by itself."""
+    for attempt in range(ATTEMPTS):
+        try:
+            with _explained(path):
+                return call()
+        except BrokenAnswer:
+            if attempt == ATTEMPTS - 1:
+                raise
+            _rest(attempt)
+    raise AssertionError("unreachable")
+
+
+def _rest(attempt: int) -> None:
+    time.sleep(min(0.1 * 2**attempt, 15) * (0.5 + random()))
+
+
+@contextmanager
+def _explained(path: ObjectPath) -> Iterator[None]:
+    """Turn obstore's errors into FileNotFoundError, PermissionError and StoreError with one line each."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if "NoSuchBucket" in str(error):
+            raise StoreError(NO_BUCKET.format(path)) from error
+        raise FileNotFoundError(f"there is no object {path}") from error
+    except (StoreError, FileExistsError, NotImplementedError, ValueError):
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith(("obstore", "builtins")):
+            raise
+        if "NoSuchBucket" in str(error):
+            raise StoreError(NO_BUCKET.format(path)) from error
+        kind = BrokenAnswer if "body" in str(error).partition("\n")[0] else StoreError
+        raise kind(f"{path}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """Say what a store answered, without obstore's debugging output."""
+    text = str(error)
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    status = re.search(r"non-2xx status code: (\d+ [A-Z][\w ]*)", text)
+    if code or status:
+        return f"the store answered {' '.join(m[1] for m in (status, code) if m)}"
+    return " ".join(text.partition("\n")[0].split())[:300]

@@ -1,0 +1,97 @@
+"""Where a run lies: a directory, or a prefix in an object store; and the few operations that differ between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from headwater.store.files import create_durably, sync_directory, write_durably
+from headwater.store.objects import ObjectPath, is_url
+from headwater.store.writer import INTERNAL
+
+REQUESTS = 32
+
+Place = Path | ObjectPath
+
+
+def place_of(text: str | os.PathLike[str] | ObjectPath) -> Place:
+    """Return the place that a text names: `s3://bucket/prefix` and the like, or a path."""
+    if isinstance(text, ObjectPath):
+        return text
+    return ObjectPath(os.fspath(text)) if is_url(os.fspath(text)) else Path(text)
+
+
+def write_whole(run: Place, name: str, data: bytes) -> None:
+    """Write a file of a run whole or not at all, and durably."""
+    if isinstance(run, ObjectPath):
+        (run / name).write_bytes(data)
+    else:
+        write_durably(run / name, data, _temporary(run, name))
+
+
+def create_whole(run: Place, name: str, data: bytes) -> bool:
+    """Write a file of a run durably unless it exists; return whether this call made it."""
+    if isinstance(run, ObjectPath):
+        return (run / name).create(data)
+    return create_durably(run / name, data, _temporary(run, name))
+
+
+def names_in(folder: Place) -> Iterator[str]:
+    """Yield the names directly in a folder of a run; nothing where there is no such folder."""
+    if isinstance(folder, ObjectPath):
+        inside = (str(item.relative_to(folder)) for item in folder.iterdir())
+        yield from (name for name in inside if "/" not in name)
+    elif folder.is_dir():
+        with os.scandir(folder) as items:
+            for item in items:
+                yield item.name
+
+
+def read_all(paths: Iterable[Place]) -> Iterator[bytes | OSError]:
+    """Yield the bytes of many small files in order, or the error in their place; objects are fetched side by side."""
+    listed = list(paths)
+    if listed and isinstance(listed[0], ObjectPath):
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            yield from pool.map(_read, listed)
+    else:
+        yield from map(_read, listed)
+
+
+def delete_all(folder: Place, names: Iterable[str]) -> None:
+    """Delete files of one folder durably; those that are gone already don't matter."""
+    if isinstance(folder, ObjectPath):
+        folder.delete([folder / name for name in names])
+        return
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir():
+        sync_directory(folder)
+
+
+def size_of(path: Place) -> int:
+    """Return a file's bytes; raise FileNotFoundError without it."""
+    return path.size() if isinstance(path, ObjectPath) else path.stat().st_size
+
+
+def open_place(path: Place) -> BinaryIO:
+    """Open a file of a run for reading."""
+    return path.open("rb")
+
+
+def for_zarr(path: Place) -> Any:
+    """Return what zarr and xarray take to read a place."""
+    return path.zarr_store() if isinstance(path, ObjectPath) else path
+
+
+def _read(path: Place) -> bytes | OSError:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return error
+
+
+def _temporary(run: Path, name: str) -> Path:
+    return run / INTERNAL / "tmp" / f"{name.rpartition('/')[2]}.{os.getpid()}"

@@ -1,0 +1,53 @@
+"""Write a run into an object store: stage 0 from a scratch directory, shards as their temporary files are finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from headwater.store.layout import ArraySpec
+from headwater.store.manifest import Manifest, manifest_path
+from headwater.store.objects import ObjectPath
+from headwater.store.place import REQUESTS, Place
+from headwater.store.scratch import scratch_folder
+from headwater.store.writer import INTERNAL, BlockWriter
+
+UPLOADS = 4
+
+
+def publish(made: Path, run: ObjectPath, manifest: Manifest) -> None:
+    """Copy what stage 0 made in a scratch directory into the store, the manifest last: it commits the text."""
+    clear_unpublished(run)
+    names = list(manifest.statics)
+    (run / INTERNAL / "unfinished").write_bytes("".join(f"{name}\n" for name in names).encode())
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        list(pool.map(lambda name: (run / name).put_file(made / name), names))
+    (run / INTERNAL / "manifest.json").put_file(made / INTERNAL / "manifest.json")
+    (run / INTERNAL / "unfinished").unlink()
+
+
+def clear_unpublished(run: ObjectPath) -> None:
+    """Delete what an interrupted `publish` wrote, and nothing else."""
+    marker = run / INTERNAL / "unfinished"
+    if not manifest_path(run).is_file() and marker.is_file():
+        run.delete([run / name for name in marker.read_text().split("\n")[:-1]])
+
+
+@contextmanager
+def open_writer(run: Place, specs: Sequence[ArraySpec], block: int) -> Iterator[BlockWriter]:
+    """Open a writer for a run: into its directory, or through a scratch directory into an object store."""
+    with ExitStack() as stack:
+        if isinstance(run, ObjectPath):
+            folder = stack.enter_context(scratch_folder("hw-shards-"))
+
+            def send(finished: Path, path: str) -> None:
+                (run / path).put_file(finished)
+                finished.unlink()
+
+            writer = BlockWriter(folder, specs, block, n_threads=UPLOADS, sink=send)
+        else:
+            writer = BlockWriter(run, specs, block)
+        stack.callback(writer.close)
+        yield writer
