@@ -15,6 +15,7 @@ BENCHMARKS = {
         "write, stream and pick from one array: Headwater, zarr-python, zarrs, tensorstore, h5py …",
     ),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
+    "ledger": ("bench_ledger", "opening a ledger of a million entries, and planning as many blocks"),
     "workers": ("bench_workers", "two Ray workers against one, and what a block costs beside its own work"),
 }
 _STORE = ("tests/test_store_shard.py", "tests/test_store_readers.py")
