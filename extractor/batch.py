@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ class Batch:
     targets: torch.Tensor
     blocks: list[list[RowBlock]]
     hook: Hook = NO_HOOK
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; the row blocks are for the CPU and stay there."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "positions", "row_start", "targets")}
+        return replace(self, **moved)
 
 
 def attention_rows(n_positions: int, tile: int | None = None) -> int:

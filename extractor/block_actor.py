@@ -25,7 +25,7 @@ class BlockActor:
     def __init__(self, run: str, config: dict[str, Any], digest: str, nonce: str, threads: int, shared: bool) -> None:
         import torch
 
-        from headwater.extractor.model import Model
+        from headwater.extractor.kernel_model import load_model
         from headwater.extractor.run import plan_of
         from headwater.extractor.worker import Worker
 
@@ -41,7 +41,8 @@ class BlockActor:
         checkpoint = load(path, digest, shared)
         plan = plan_of(settings, checkpoint, manifest)
         self.ledger = Ledger(path, manifest.fingerprint)
-        model = Model(checkpoint, settings.compute)
+        device = "cpu" if settings.device == "cpu" else "cuda"  # Ray shows an actor only its own GPU
+        model = load_model(checkpoint, settings.compute, device)
         self.worker = Worker(path, manifest, plan, model, settings.on_overflow == "keep")
 
     def ready(self) -> str:

@@ -61,6 +61,7 @@ class RunConfig:
     workers: int = 0
     ray: str | None = None
     other_processor: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Bring every value to its own type; raise RequestError for one that is wrong or of no use here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -13,16 +14,19 @@ import torch
 from headwater.extractor.batch import make_batch
 from headwater.extractor.capture import CaptureTap
 from headwater.extractor.config import RunConfig
+from headwater.extractor.device_tap import DeviceTap
 from headwater.extractor.edit_places import encode_edits
 from headwater.extractor.editor import Editor
 from headwater.extractor.edits import Edit, read_edits
+from headwater.extractor.kernel_model import KernelModel
 from headwater.extractor.model import COMPUTE, Model
 from headwater.extractor.plan import Plan, geometry, make_plan
 from headwater.extractor.sites import RequestError
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
 from headwater.extractor.tokens import iter_token_rows
+from headwater.extractor.transfer import Transfer, ring_capacity
 from headwater.extractor.weights import Checkpoint, load_checkpoint
-from headwater.store.layout import ArraySpec, tile_edge
+from headwater.store.layout import ArraySpec, sequence_bytes, tile_edge
 from headwater.store.writer import Part
 
 
@@ -115,19 +119,25 @@ def capture(
 def run_in_memory(model: Model, plan: Plan, tokens: np.ndarray, row_start: np.ndarray) -> MemorySink:
     """Run rows of tokens as one batch and return the arrays of a plan."""
     editor = Editor(plan.edits, model, tokens.shape[1])
-    batch = editor.hook(make_batch(tokens, row_start, tile_edge(tokens.shape[1])))
+    batch = editor.hook(make_batch(tokens, row_start, tile_edge(tokens.shape[1])).to(model.device))
     sink = MemorySink(plan.arrays)
     specs = {spec.name: spec for spec in plan.arrays}
-    tap = CaptureTap(plan.selection, specs, sink, plan.canonical["top_k"] or 1, keep_overflow=True)
-    tap.place(0, batch.row_start, tokens.shape[1], model.config.n_head)
-    with torch.inference_mode():
+    host = CaptureTap(plan.selection, specs, sink, plan.canonical["top_k"] or 1, keep_overflow=True)
+    with ExitStack() as stack, torch.inference_mode():
+        tap: CaptureTap | DeviceTap = host
+        if isinstance(model, KernelModel):
+            transfer = Transfer(model.device, ring_capacity(sequence_bytes(spec) for spec in plan.arrays))
+            stack.callback(transfer.close)
+            tap = DeviceTap(host, transfer, model.device)
+        tap.place(0, batch.row_start, tokens.shape[1], model.config.n_head)
         x = model.embed(batch)
         tap.take_depth(0, x, None)
         for layer in range(model.config.n_layer):
             before = x.clone() if tap.wants_previous else None
-            model.layer(layer, x, batch, tap)
-            tap.take_depth(layer + 1, x, before)
+            told = model.layer(layer, x, batch, tap, before)
+            tap.take_depth(layer + 1, x, before, told)
         model.finish(x, batch, tap)
+        tap.finish()
     return sink
 
 

@@ -19,6 +19,7 @@ from headwater.extractor.batch import Batch
 from headwater.extractor.weights import Checkpoint
 from headwater.kernels.cpu import STATISTICS, attend
 from headwater.kernels.mask import RowBlock
+from headwater.kernels.output import ResidualOutput
 from headwater.kernels.workspace import Workspace
 
 # Read by MKL at its first product: the bits of a float32 product then depend on neither threads nor the other rows.
@@ -77,18 +78,22 @@ class NoTap:
     def take_rows(self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor) -> None:
         raise AssertionError(site)
 
+    def slot(self, depth: int, x_BTD: torch.Tensor) -> None:
+        """Ask for no copy of the residual stream."""
+
 
 class Model:
     """A GPT-2 ready to run: weights in the compute type, and scratch memory that is allocated once."""
 
-    def __init__(self, checkpoint: Checkpoint, compute: str = "fp32") -> None:
+    def __init__(self, checkpoint: Checkpoint, compute: str = "fp32", device: torch.device | str = "cpu") -> None:
         self.config = checkpoint.config
+        self.device = torch.device(device)
         self.compute = COMPUTE[compute]
         self.stream = torch.float64 if compute == "fp64" else torch.float32
-        self.workspace = Workspace()
+        self.workspace = Workspace(self.device)
         self._activation = ACTIVATIONS[self.config.activation]
         self._weights = {
-            name: tensor.to(self.compute if tensor.ndim == 2 and name.startswith("h.") else self.stream)
+            name: tensor.to(self.device, self.compute if tensor.ndim == 2 and name.startswith("h.") else self.stream)
             for name, tensor in checkpoint.tensors.items()
         }
         head = self._weights["wte.weight" if self.config.tied else "lm_head.weight"]
@@ -101,7 +106,8 @@ class Model:
 
     def embed(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the residual stream at depth 0: float32 [B, T, D], written to `out` where one is given."""
-        x = torch.empty(*batch.tokens.shape, self.config.d_model, dtype=self.stream) if out is None else out
+        shape = (*batch.tokens.shape, self.config.d_model)
+        x = torch.empty(shape, dtype=self.stream, device=self.device) if out is None else out
         torch.index_select(self._weights["wte.weight"], 0, batch.tokens.view(-1), out=x.view(-1, x.shape[-1]))
         x.add_(self._weights["wpe.weight"][batch.positions])
         return _changed(x, "resid", 0, batch)
@@ -121,8 +127,13 @@ class Model:
         if tap.wants("resid", depth):
             tap.take("resid", depth, x)
 
-    def layer(self, layer: int, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
-        """Advance the residual stream through one block, in place."""
+    def layer(
+        self, layer: int, x_BTD: torch.Tensor, batch: Batch, tap: Tap, previous: torch.Tensor | None = None
+    ) -> ResidualOutput | None:
+        """Advance the residual stream through one block, in place.
+
+        A model on kernels returns what the last of them told of the new stream, its cosine with `previous` included.
+        """
         b = f"h.{layer}."
         batch.hook.prepare(self, layer, batch, tap)
         normed = self._norm(b + "ln_1", x_BTD, batch, tap, "ln1_scale", layer)
@@ -134,6 +145,7 @@ class Model:
         normed = self._norm(b + "ln_2", x_BTD, batch, tap, "ln2_scale", layer)
         self._add(x_BTD, self._neurons(layer, normed, batch, tap), b + "mlp.c_proj", batch, tap, "mlp_out", layer)
         _changed(x_BTD, "resid", layer + 1, batch)
+        return None
 
     def finish(self, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
         """Give the final LayerNorm's scale, the loss and the largest logits, as far as they are wanted."""
@@ -146,9 +158,9 @@ class Model:
         if not outputs:
             return
         n, length = batch.tokens.shape
-        loss = torch.full((n, length), math.nan, dtype=self.stream)
-        logits_k = torch.empty(n, length, top, dtype=self.stream)
-        tokens_k = torch.empty(n, length, top, dtype=torch.int32)
+        loss = torch.full((n, length), math.nan, dtype=self.stream, device=self.device)
+        logits_k = torch.empty(n, length, top, dtype=self.stream, device=self.device)
+        tokens_k = torch.empty(n, length, top, dtype=torch.int32, device=self.device)
         rows = self.workspace.get("logits", (min(LOGIT_ROWS, length), self.config.d_vocab), self.compute)
         for i in range(n):
             for first in range(0, length, LOGIT_ROWS):

@@ -15,10 +15,11 @@ from headwater.extractor.edit_places import place_edits
 from headwater.extractor.edits import REFERENCE, Edit
 from headwater.extractor.selection import Selection, select
 from headwater.extractor.sites import SITES, RequestError
+from headwater.extractor.transfer import ring_capacity
 from headwater.extractor.units import show_bytes
 from headwater.extractor.weights import ModelConfig
 from headwater.kernels.cpu import STATISTICS
-from headwater.store.layout import ArraySpec, make_spec
+from headwater.store.layout import ArraySpec, make_spec, sequence_bytes
 from headwater.store.manifest import PLAIN_CHUNK_BYTES
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place
@@ -26,6 +27,7 @@ from headwater.store.writer import ring_bytes
 
 BLOCK_TOKENS = 16384
 MICRO_TOKENS = 2048
+GPU_BLOCK_TOKENS, GPU_MICRO_TOKENS = 131072, 16384
 BASE_BYTES = 640 << 20
 METADATA_BYTES = 4096
 ENDLESS = 1 << 62
@@ -99,8 +101,9 @@ def geometry(config: RunConfig, model: ModelConfig, seq_len: int | None = None) 
             else f"--seq-len is {length}, but the model has only {model.n_ctx} positions (n_ctx). Use {model.n_ctx} or "
             "less; longer documents are cut into rows."
         )
-    block = config.block or _power_of_two(BLOCK_TOKENS // length)
-    return Geometry(length, block, min(block, _power_of_two(MICRO_TOKENS // length)))
+    tokens, micro = (BLOCK_TOKENS, MICRO_TOKENS) if config.device == "cpu" else (GPU_BLOCK_TOKENS, GPU_MICRO_TOKENS)
+    block = config.block or _power_of_two(tokens // length)
+    return Geometry(length, block, min(block, _power_of_two(micro // length)))
 
 
 def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequences: int) -> Plan:
@@ -112,6 +115,9 @@ def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequence
         raise RequestError(f"--top-k is {config.top_k}, but the vocabulary has {model.d_vocab} tokens.")
     edits = tuple(edit for edit in config.edits if isinstance(edit, Edit))
     place_edits(edits, model, shape.seq_len)
+    if edits and config.device != "cpu":
+        raise RequestError(f"--edit {str(edits[0])!r} with --device {config.device}: edits change the forward of the CPU "
+                           "only. Leave --device out.")
     arrays = tuple(_spec(site, config, model, selection, shape, n_sequences) for site in selection.sites)
     canonical = config.canonical(selection, shape.seq_len, shape.block)
     host = host_bytes(config, model, selection, shape, arrays)
@@ -156,6 +162,9 @@ def host_bytes(
     config: RunConfig, model: ModelConfig, selection: Selection, shape: Geometry, arrays: tuple[ArraySpec, ...]
 ) -> int:
     """Project the peak memory of extraction in one process, in bytes: the sum of what is allocated, rounded up."""
+    if config.device != "cpu":  # the ring of a device; stream and work are there
+        ring = ring_capacity(sequence_bytes(spec) for spec in arrays)
+        return BASE_BYTES + int(4.4 * sum(prod(s) for s in model.shapes().values())) + ring + ring_bytes(arrays)
     d, wide, item = model.d_model, padded(shape.seq_len), COMPUTE_BYTES[config.compute]
     n_weights = sum(prod(s) for s in model.shapes().values())
     weights = 4 * n_weights + (item * n_weights if config.compute != "fp32" else 0)

@@ -45,12 +45,13 @@ class Cluster:
         cores = [int(node["Resources"].get("CPU", 0)) for node in self.ray.nodes() if node["Alive"]]
         return max(min(sum(cores) // n_workers, max(cores, default=1)), 1)
 
-    def hire(self, actor_class: type, threads: int, *arguments: Any) -> Any:
+    def hire(self, actor_class: type, threads: int, n_gpus: int, *arguments: Any) -> Any:
         """Start an actor that has `threads` processor threads to itself; it is not restarted when it dies."""
         variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         variables["GOMP_SPINCOUNT"] = "10000"
         variables |= proxies() if self.local else {}
-        options = {"num_cpus": 1 if self.local else threads, "max_restarts": 0, "runtime_env": {"env_vars": variables}}
+        options = {"num_cpus": 1 if self.local else threads, "num_gpus": n_gpus, "max_restarts": 0,
+                   "runtime_env": {"env_vars": variables}}  # fmt: skip
         return self.ray.remote(actor_class).options(**options).remote(*arguments)
 
 
@@ -60,7 +61,7 @@ def proxies() -> dict[str, str]:
 
 
 @contextmanager
-def connection(address: str | None, n_workers: int) -> Iterator[Cluster]:
+def connection(address: str | None, n_workers: int, gpus: bool = False) -> Iterator[Cluster]:
     """Start a Ray of our own, join the one at an address, or use the one that this process is connected to already.
 
     What was begun is ended afterwards. Raises WorkersLost where there is no cluster at the address.
@@ -72,18 +73,18 @@ def connection(address: str | None, n_workers: int) -> Iterator[Cluster]:
 
             joined = ray.is_initialized()
             if not joined:
-                _start(ray, address, n_workers, stack)
+                _start(ray, address, n_workers, None if gpus else 0, stack)
         yield Cluster(ray, address is None and not joined)
 
 
-def _start(ray: Any, address: str | None, n_workers: int, stack: ExitStack) -> None:
+def _start(ray: Any, address: str | None, n_workers: int, n_gpus: int | None, stack: ExitStack) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         folder = stack.enter_context(scratch_folder("hw-ray-", OWN_FOLDERS))
         stack.callback(ray.shutdown)  # before the folder goes
         stack.enter_context(_loopback())
         with _variables(OWN_VARIABLES):
-            ray.init(num_cpus=n_workers, num_gpus=0, include_dashboard=False, object_store_memory=STORE_BYTES,
+            ray.init(num_cpus=n_workers, num_gpus=n_gpus, include_dashboard=False, object_store_memory=STORE_BYTES,
                      _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS,
                      **quiet)  # fmt: skip
         return

@@ -62,7 +62,7 @@ class RayPool:
         with ExitStack() as stack:
             stack.callback(seen.unlink, missing_ok=True)
             seen.touch()
-            cluster = stack.enter_context(connection(self._config.ray, n))
+            cluster = stack.enter_context(connection(self._config.ray, n, self._config.device != "cpu"))
             stack.enter_context(published(self._run, self._checkpoint, cluster.local))
             threads = self._config.threads or cluster.fair_threads(n)
             self._seats = Seats(cluster, n, lambda: self._hire(cluster, threads))
@@ -155,7 +155,7 @@ class RayPool:
     def _hire(self, cluster: Cluster, threads: int) -> Any:
         settings, digest = asdict(self._config), self._manifest.model["digest"]
         return cluster.hire(
-            BlockActor, threads, str(self._run), settings, digest, self._nonce, threads, cluster.local
+            BlockActor, threads, int(self._config.device != "cpu"), str(self._run), settings, digest, self._nonce, threads, cluster.local
         )  # fmt: skip
 
     def _sequences(self, block: int) -> str:

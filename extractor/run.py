@@ -17,7 +17,7 @@ from headwater.extractor import hub
 from headwater.extractor.config import RunConfig
 from headwater.extractor.edit_places import encode_edits
 from headwater.extractor.edits import read_edits
-from headwater.extractor.model import Model
+from headwater.extractor.kernel_model import check_device, load_model
 from headwater.extractor.plan import Geometry, Plan, available_memory, check_resources, geometry, make_plan
 from headwater.extractor.sites import RequestError
 from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, outside, text_request
@@ -75,6 +75,7 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     observe = observe or (lambda progress: None)
     run = place_of(config.out)
     check_target(run)
+    check_device(config.device)
     started = manifest_path(run).exists()
     if started:
         config = _stored_request(config, run)
@@ -172,7 +173,7 @@ def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place) -> Manifes
             "only --out), or another --out for another run."
         )
     _check_sources(config, manifest)
-    here, there = made_by(), manifest.made_by
+    here, there = made_by(config.device), manifest.made_by
     for what in ("processor", "torch"):
         if here[what] != there[what] and not config.other_processor:
             raise RunError(
@@ -235,7 +236,8 @@ def _in_process(
 ) -> Generator[Entry, None, None]:
     """Compute and commit blocks one after another in this process."""
     plan, ledger = plan_of(config, checkpoint, manifest), Ledger(run, manifest.fingerprint)
-    worker = Worker(run, manifest, plan, Model(checkpoint, config.compute), config.on_overflow == "keep")
+    model = load_model(checkpoint, config.compute, config.device)
+    worker = Worker(run, manifest, plan, model, config.on_overflow == "keep")
     tried = ledger.tried()
     try:
         for block in blocks:
@@ -270,7 +272,7 @@ def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Place) -> None
 
 def _stored_request(config: RunConfig, run: Place) -> RunConfig:
     """Fill a request that names only --out with what the run was made from."""
-    if config.to_json().keys() - {"out", "threads", "other_processor", "workers", "ray"}:
+    if config.to_json().keys() - {"out", "threads", "other_processor", "workers", "ray", "device"}:
         return config
     m = read_manifest(run)
     c = m.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,8 @@ def read_setting(name: str, value: Any, optional: bool) -> Any:
         _refuse(name, value, "a string")
     if name in CHOICES and value not in CHOICES[name]:
         _refuse(name, value, f"one of {', '.join(CHOICES[name])}")
+    if name == "device" and not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        _refuse(name, value, "cpu, cuda, or one of several GPUs such as cuda:1")
     if not value.strip():
         _refuse(name, value, "something that is not empty")
     if name in PER_SITE:

@@ -205,7 +205,7 @@ def _commit(
     write_metadata(run, metadata, _attributes(checkpoint, mark, config), statics)
     manifest = Manifest(
         mark, plan.canonical, describe_model(checkpoint, config),
-        source.describe() | {"digest": digest}, made_by(), n, plan.geometry.seq_len,
+        source.describe() | {"digest": digest}, made_by(config.device), n, plan.geometry.seq_len,
         plan.geometry.block, plan.geometry.micro, plan.arrays, dict(sorted(statics.items())),
     )  # fmt: skip
     write_manifest(run, manifest)
@@ -218,18 +218,20 @@ def describe_model(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
     return {"name": checkpoint.name, "revision": config.revision, "digest": checkpoint.digest, "config": sizes}
 
 
-def made_by() -> dict[str, Any]:
+def made_by(device: str = "cpu") -> dict[str, Any]:
     """Name the software and the kind of processor: on one kind, the same request gives the same bytes."""
     return {
         "headwater": headwater.__version__,
         "torch": torch.__version__,
-        "processor": processor(),
+        "processor": processor(device),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def processor() -> str:
-    """Name the kind of processor that the values come from."""
+def processor(device: str = "cpu") -> str:
+    """Name the kind of processor, or the GPU, that the values come from."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ import zarr
 
 from headwater.extractor.batch import Batch, make_batch, padded
 from headwater.extractor.capture import CaptureTap
+from headwater.extractor.device_tap import DeviceTap
 from headwater.extractor.editor import Editor
+from headwater.extractor.kernel_model import KernelModel
 from headwater.extractor.model import Model
 from headwater.extractor.plan import Plan
 from headwater.extractor.selection import Selection
 from headwater.extractor.sites import SITES
-from headwater.store.layout import tile_edge
+from headwater.extractor.transfer import Transfer, ring_capacity
+from headwater.store.layout import sequence_bytes, tile_edge
 from headwater.store.ledger import Entry
 from headwater.store.manifest import Manifest
 from headwater.store.place import Place, for_zarr
@@ -39,24 +43,36 @@ class Worker:
         self.writer = self._stack.enter_context(open_writer(run, manifest.arrays, manifest.block))
         self._tokens = zarr.open_array(for_zarr(run / "tokens"), mode="r")
         self._row_start = zarr.open_array(for_zarr(run / "row_start"), mode="r")
-        self._stream = torch.empty(manifest.block, padded(manifest.n_positions), model.config.d_model)
+        shape = (manifest.block, padded(manifest.n_positions), model.config.d_model)
+        self._stream = torch.empty(shape, dtype=model.stream, device=model.device)
+        self._transfer: Transfer | None = None
+        if isinstance(model, KernelModel):
+            self._transfer = Transfer(model.device, ring_capacity(sequence_bytes(spec) for spec in manifest.arrays))
+            self._stack.callback(self._transfer.close)
 
     def extract_block(self, block: int, attempt: int) -> Entry:
         """Compute a block, make its shards durable, and return the ledger entry that would commit it."""
         first, last = self.manifest.block_range(block)
         start = time.perf_counter()
         specs = {spec.name: spec for spec in self.manifest.arrays}
-        tap = CaptureTap(self.plan.selection, specs, self.writer, self.plan.canonical["top_k"] or 1, self.keep_overflow)
+        host = CaptureTap(
+            self.plan.selection, specs, self.writer, self.plan.canonical["top_k"] or 1, self.keep_overflow
+        )
+        tap = host if self._transfer is None else DeviceTap(host, self._transfer, self.model.device)
         self.writer.begin(first, last, f"{block:08d}.{attempt}.{os.getpid()}")
         try:
             with torch.inference_mode():
                 n_tokens = self._walk(first, last, tap)
+                tap.finish()
             computed = time.perf_counter()
             files = self.writer.finish()
         except BaseException:
+            self._stop_transfer()
             self.writer.abandon()
             raise
         seconds = {"compute": computed - start, "finish": time.perf_counter() - computed, **self.writer.seconds}
+        if self._transfer is not None:
+            seconds = split_seconds(seconds, self._transfer.seconds)
         return Entry(
             block,
             attempt,
@@ -65,18 +81,26 @@ class Worker:
             last,
             n_tokens,
             file_sums(files),
-            tap.casts,
+            host.casts,
             {k: round(v, 6) for k, v in seconds.items()},
             f"{socket.gethostname()}:{os.getpid()}",
         )
 
     def close(self) -> None:
-        """End the writer's threads."""
+        """End the threads of the transfer and of the writer."""
         self._stack.close()
 
-    def _walk(self, first: int, last: int, tap: CaptureTap) -> int:
+    def _stop_transfer(self) -> None:
+        """Let what is under way end, whatever becomes of it, so that the writer can be told to abandon the block."""
+        if self._transfer is not None:
+            with suppress(BaseException):
+                self._transfer.drain()
+
+    def _walk(self, first: int, last: int, tap: CaptureTap | DeviceTap) -> int:
         """Take every micro-batch through a layer before any goes on to the next; return the number of tokens."""
         micros = self._batches(first, last)
+        if self._transfer is not None:
+            self._transfer.begin()
 
         def place(at: int, batch: Batch) -> torch.Tensor:
             tap.place(first + at, batch.row_start, self.manifest.n_positions, self.model.config.n_head)
@@ -85,31 +109,43 @@ class Worker:
         for at, batch in micros:
             x = self.model.embed(batch, place(at, batch))
             tap.take_depth(0, x, None)
-        self._close("depth", 0)
+        self._close(tap, "depth", 0)
         for layer in range(last_layer(self.plan.selection, self.model.config.n_layer)):
             for at, batch in micros:
                 x = place(at, batch)
                 before = x.clone() if tap.wants_previous else None
-                self.model.layer(layer, x, batch, tap)
-                tap.take_depth(layer + 1, x, before)
-            self._close("layer", layer)
-            self._close("depth", layer + 1)
+                told = self.model.layer(layer, x, batch, tap, before)
+                tap.take_depth(layer + 1, x, before, told)
+            self._close(tap, "layer", layer)
+            self._close(tap, "depth", layer + 1)
         for at, batch in micros:
             self.model.finish(place(at, batch), batch, tap)
-        return sum(int((batch.row_start <= torch.arange(batch.row_start.shape[1])).sum()) for _, batch in micros)
+        t = torch.arange(padded(self.manifest.n_positions), device=self.model.device)
+        return sum(int((batch.row_start <= t).sum()) for _, batch in micros)
 
     def _batches(self, first: int, last: int) -> list[tuple[int, Batch]]:
         tokens, row_start = (np.asarray(a[first:last]) for a in (self._tokens, self._row_start))
         edge, micro = tile_edge(self.manifest.n_positions), self.manifest.micro
-        return [
+        micros = [
             (at, self.editor.hook(make_batch(tokens[at : at + micro], row_start[at : at + micro], edge), first + at))
             for at in range(0, last - first, micro)
         ]
+        return [(at, batch.to(self.model.device)) for at, batch in micros]
 
-    def _close(self, axis: str, index: int) -> None:
+    def _close(self, tap: CaptureTap | DeviceTap, axis: str, index: int) -> None:
         chosen = self.plan.selection.along(axis)
         if index in chosen:
-            self.writer.close_layer(axis, chosen.index(index))
+            tap.then(partial(self.writer.close_layer, axis, chosen.index(index)))
+
+
+def split_seconds(seconds: dict[str, float], transfer: dict[str, float]) -> dict[str, float]:
+    """Return a block's seconds by phase where a transfer stands between the forward and the writer.
+
+    The writer's waits are its thread's, so they are taken out of `encode`; `wait` is the forward's, out of `compute`.
+    """
+    encode = max(transfer["encode"] - seconds["wait"], 0.0)
+    compute = max(seconds["compute"] - transfer["wait"], 0.0)
+    return seconds | transfer | {"compute": compute, "encode": encode}
 
 
 def last_layer(selection: Selection, n_layer: int) -> int:

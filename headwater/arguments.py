@@ -98,6 +98,8 @@ def make_parser() -> Parser:
     plan.epilog = "example:\n  headwater plan --model gpt2 --text corpus/ --preset patterns --max-sequences 1000\n"
     for parser_ in (extract, plan):
         _add_extraction(parser_)
+    plan.add_argument("--assume", metavar="RATES", help="rates of the machine that will run it, for the projected "
+                      "speed: compute=300,link=25,disk=2.5 (TFLOP/s, GB/s, GB/s)")
     status = _command(group, "status", commands.run_status, "show how much of a run is done, and where its time went")
     verify = _command(group, "verify", commands.run_verify, "read a run again and compare it with its checksums")
     verify.description = (
@@ -197,6 +199,7 @@ def _add_extraction(parser: Parser) -> None:
         "--on-overflow": ("O", "what to do with values that float16 cannot hold: fail, or keep them as infinity "
                                "(default: fail)"),
         "--block": ("B", "sequences that are finished together, a power of two (default: about 16,000 tokens)"),
+        "--device": ("D", "cpu, or cuda (cuda:1) to compute with the kernels on a GPU (default: cpu)"),
         "--threads": ("N", "processor threads of each worker (default: all cores, shared among the workers)"),
         "--workers": ("N", "worker processes, through Ray; 0 computes in this one (default: 0)"),
         "--ray": ("ADDRESS", "Ray cluster to use: auto, or its address; every node must see --out"),

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from headwater.extractor.units import count, show_bytes
-from headwater.show import array_line, print_json, print_plan
+from headwater.show import array_line, print_bottleneck, print_json, print_plan, print_projection
 
 if TYPE_CHECKING:
     from headwater.extractor.config import RunConfig
@@ -18,17 +18,20 @@ SHOWN_WORKERS = 8
 
 def run_plan(options: Any) -> int:
     """Print the plan of an extraction, then refuse it where it cannot fit."""
+    from headwater.extractor.limits import find_rates, project, read_rates
     from headwater.extractor.plan import available_memory, check_resources, free_disk
     from headwater.extractor.run import plan_run
+    from headwater.extractor.sites import SITES, SQUARE
     from headwater.store.manifest import check_target
     from headwater.store.place import place_of
 
     config = _config(options, out=NOWHERE)
-    out = place_of(config.out)
+    out, stated = place_of(config.out), read_rates(options.assume) if options.assume else {}
     if config.out != NOWHERE:
         check_target(out)
     plan = plan_run(config)
     free, memory = free_disk(out), available_memory()
+    projection = project(plan, find_rates(config, stated))
     if options.json:
         sizes = plan.array_bytes()
         print_json({
@@ -39,9 +42,15 @@ def run_plan(options: Any) -> int:
                        for s in plan.arrays},
             "text_bytes": plan.text_bytes, "total_bytes": plan.total_bytes, "free_disk_bytes": free,
             "host_bytes": plan.host_bytes, "available_memory_bytes": memory,
+            "projection": {
+                "bound": projection.bound, "tokens_per_second": projection.tokens_per_second,
+                "tokens_per_second_with_statistics": projection.statistics,
+                "rates": {name: vars(rate) for name, rate in projection.rates.items()},
+            },
         })  # fmt: skip
     else:
         print_plan(plan, free, memory)
+        print_projection(projection, [s.name for s in plan.arrays if SITES[s.name].group == SQUARE])
     check_resources(plan, out)
     return DONE
 
@@ -97,6 +106,7 @@ def _kept(config: RunConfig) -> str:
 
 def run_status(options: Any) -> int:
     """Print how much of a run is done, and where its time went."""
+    from headwater.extractor.limits import bottleneck
     from headwater.extractor.roster import by_worker
     from headwater.store.reader import open_run
 
@@ -116,13 +126,14 @@ def run_status(options: Any) -> int:
             "run": options.run, "done": len(entries) == n_blocks, "n_blocks": n_blocks, "committed": len(entries),
             "n_sequences": run.manifest.n_sequences, "complete": sum(e.last - e.first for e in entries),
             "n_tokens": n_tokens, "n_bytes": n_bytes, "seconds": {k: round(v, 3) for k, v in seconds.items()},
-            "casts": casts, "workers": by_worker(entries),
+            "bottleneck": bottleneck(seconds)[0] if entries else None, "casts": casts, "workers": by_worker(entries),
         })  # fmt: skip
         return DONE
     state = "done" if len(entries) == n_blocks else f"go on with `headwater extract --out {options.run}`"
     print(f"{len(entries):,} of {count(n_blocks, 'block')}, {n_tokens:,} tokens, {show_bytes(n_bytes)}: {state}")
     if entries:
         print("seconds  " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
+        print_bottleneck(seconds)
     _print_workers(by_worker(entries))
     for name, counts in casts.items():
         print(f"kept in {name}: {counts['overflow']:,} overflowed and {counts['nonfinite']:,} non-finite values")

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 from headwater.extractor.units import count, show_bytes
 
 if TYPE_CHECKING:
+    from headwater.extractor.limits import Projection
     from headwater.extractor.plan import Plan
     from headwater.store.layout import ArraySpec
+
+BOUNDS = {"compute": "compute", "link": "the link from the GPU", "disk": "the disk"}
 
 
 def print_plan(plan: Plan, free: int, memory: int) -> None:
@@ -42,6 +45,35 @@ def print_plan(plan: Plan, free: int, memory: int) -> None:
             "note: float16 has steps of 2 between 2048 and 4096, where massive activations lie; --dtype resid=float32 "
             "keeps them exact"
         )
+
+
+def print_projection(projection: Projection, names: list[str]) -> None:
+    """Print which limit a run will meet, what that rests on, and what would stream where squares cannot.
+
+    `names` are the square sites of the run.
+    """
+    p, units = projection, {"compute": ("TFLOP/s", 1e12), "link": ("GB/s", 1e9), "disk": ("GB/s", 1e9)}
+    speeds = ", ".join(f"{name} {value:,.0f}" for name, value in p.tokens_per_second.items())
+    print(f"speed   tokens a second, projected, not measured: {speeds}; bound by {BOUNDS[p.bound]}")
+    rests = ", ".join(f"{name} {rate.value / units[name][1]:.3g} {units[name][0]} {rate.how}"
+                      for name, rate in p.rates.items())
+    print(f"        from {rests}; --assume states others")
+    slowest, compute = p.tokens_per_second[p.bound], p.tokens_per_second["compute"]
+    if p.statistics is not None and p.bound != "compute" and slowest < compute / 2:
+        print(
+            f"note: {' and '.join(names)} cannot stream: {BOUNDS[p.bound]} allows {slowest / compute:.0%} of the speed "
+            f"of compute. Row statistics instead (--preset statistics) allow {min(p.statistics / compute, 1):.0%}; "
+            "keep patterns for samples, with --max-sequences or --layers"
+        )
+
+
+def print_bottleneck(seconds: dict[str, float]) -> None:
+    """Print which part of a run was busiest, and how busy the others were beside it."""
+    from headwater.extractor.limits import bottleneck
+
+    name, busy = bottleneck(seconds)
+    others = ", ".join(f"{other} {value / max(busy[name], 1e-9):.0%}" for other, value in busy.items() if other != name)
+    print(f"limit    {name}, busy {busy[name]:.1f} s; beside it {others} of that; waits {seconds.get('wait', 0):.1f} s")
 
 
 def array_line(spec: ArraySpec, size: int, more: str = "") -> str:

@@ -163,6 +163,14 @@ def array_metadata(
     }
 
 
+def sequence_bytes(spec: ArraySpec) -> int:
+    """Return the bytes of one sequence at one layer or depth of an array; of causal tiles, those that are stored."""
+    lead = 1 if spec.axis is None else 2
+    if spec.tiled:
+        return spec.n_tiles() * spec.shape[2] * prod(spec.chunk[3:]) * np.dtype(spec.dtype).itemsize
+    return prod(spec.shape[lead:]) * np.dtype(spec.dtype).itemsize
+
+
 def tile_edge(n_positions: int) -> int:
     """Choose the edge of the causal tiles: T up to 256, else the largest of 256, 128, 64 whose stored size is within
     4/3 of the smallest (300 → 64, 512 and 1024 → 256)."""

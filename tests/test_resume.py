@@ -147,7 +147,7 @@ def test_a_changed_source_is_named_and_a_missing_one_not_needed(tmp_path):
 def test_another_processor_is_refused_unless_accepted(made, tmp_path, monkeypatch, what):
     config = half(made[0], tmp_path / "run")
     here = driver.made_by()
-    monkeypatch.setattr(driver, "made_by", lambda: here | {what: "another kind"})
+    monkeypatch.setattr(driver, "made_by", lambda device: here | {what: "another kind"})
     with pytest.raises(RunError, match=f"was made with {what} .*; this is another kind.*--other-processor"):
         headwater.extract(config)
     assert headwater.extract(replace(config, other_processor=True)).complete.all()
