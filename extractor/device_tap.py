@@ -152,5 +152,6 @@ def cut_tiles(square_BNQK: torch.Tensor, edge: int, fill: float) -> torch.Tensor
     room = side * edge - n_positions
     padded = torch.nn.functional.pad(square_BNQK, (0, room, 0, room), value=fill)
     rows, keys = torch.tril_indices(side, side, device=padded.device)
-    grid = padded.unflatten(-1, (side, edge)).unflatten(-3, (side, edge))
-    return grid.transpose(-3, -2)[..., rows, keys, :, :].contiguous()
+    grid = padded.view(*padded.shape[:-2], side, edge, side, edge).transpose(-3, -2)
+    tiles: torch.Tensor = grid[..., rows, keys, :, :]
+    return tiles.contiguous()

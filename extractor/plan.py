@@ -116,8 +116,10 @@ def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequence
     edits = tuple(edit for edit in config.edits if isinstance(edit, Edit))
     place_edits(edits, model, shape.seq_len)
     if edits and config.device != "cpu":
-        raise RequestError(f"--edit {str(edits[0])!r} with --device {config.device}: edits change the forward of the CPU "
-                           "only. Leave --device out.")
+        raise RequestError(
+            f"--edit {str(edits[0])!r} with --device {config.device}: edits change the forward of the CPU only. Leave "
+            "--device out."
+        )
     arrays = tuple(_spec(site, config, model, selection, shape, n_sequences) for site in selection.sites)
     canonical = config.canonical(selection, shape.seq_len, shape.block)
     host = host_bytes(config, model, selection, shape, arrays)
