@@ -14,6 +14,7 @@ BENCHMARKS = {
         "bench_store",
         "write, stream and pick from one array: Headwater, zarr-python, zarrs, tensorstore, h5py …",
     ),
+    "kernels": ("bench_kernels", "the kernels on a GPU against eager, SDPA and flash; --static without a GPU"),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
     "ledger": ("bench_ledger", "opening a ledger of a million entries, and planning as many blocks"),
     "workers": ("bench_workers", "two Ray workers against one, and what a block costs beside its own work"),

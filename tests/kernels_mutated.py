@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from headwater.benchmarks import count_bytes, naive_kernels
 from headwater.kernels import attention_pattern, blocks, column_mass
 from headwater.kernels.attention_pattern import plan_pattern
 from headwater.kernels.attention_statistics import plan_statistics
@@ -87,6 +88,26 @@ def test_residual_tap_moves_no_byte_twice(monkeypatch):
     assert counter.loaded == nbytes(x, delta) + 64 // 16 * nbytes(w, w)
 
 
+@pytest.mark.parametrize(("kernel", "most"), [("pattern", 1.05), ("statistics", 1.1), ("flash", 1.1),
+                                              ("column", 1.1), ("residual", 1.02)])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_a_launch_moves_little_more_than_its_inputs_and_outputs(kernel, most, arch):
+    launch = count_bytes.make_launch(kernel, arch, 768 if kernel == "residual" else 64, torch.float16, n_positions=256)
+    moved = count_bytes.count(launch)
+    assert moved["minimum"] * 0.999 <= moved["moved"] <= most * moved["minimum"]
+    assert moved["l2_read"] >= moved["read"] and moved["written"] >= nbytes(*launch.outputs)
+
+
+@pytest.mark.parametrize(("kernel", "variant"), [(k, name) for k, names in naive_kernels.VARIANTS.items()
+                                                 for name in names])
+def test_naive_variants_give_the_same_attention(kernel, variant):
+    """A comparison with something that computes less would say nothing."""
+    launch = count_bytes.make_launch(kernel, "sm_80", 32, FULL, n_positions=64)
+    other = naive_kernels.vary(count_bytes.make_launch(kernel, "sm_80", 32, FULL, n_positions=64), kernel, variant)
+    for got, want in list(zip(other.run(), launch.run(), strict=True))[: 3 if kernel == "pattern" else 2]:
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 def test_packed_documents_skip_the_keys_of_others():
     """Four documents read a quarter of what one reads, up to blocks that straddle."""
     read = []
@@ -133,8 +154,8 @@ def _forgets_start(scores, n0, t, start, BLOCK_N: tl.constexpr):
 
 
 def test_what_is_broken_below_is_whole():
-    cases.test_pattern.hypothesis.inner_test(100, (2, 2), 16, FULL, "packed", False, 0, -1, True)
-    cases.test_pattern.hypothesis.inner_test(8, (3, 3), 16, FULL, "packed", False, 0, -1, True)
+    cases.test_pattern.hypothesis.inner_test(100, (2, 2), 16, FULL, "packed", False, 0, -1, FULL)
+    cases.test_pattern.hypothesis.inner_test(8, (3, 3), 16, FULL, "packed", False, 0, -1, FULL)
     cases.test_column_mass.hypothesis.inner_test(70, (2, 2), 16, FULL, "causal", False, 0)
 
 
@@ -142,7 +163,7 @@ def test_what_is_broken_below_is_whole():
 def test_a_wrong_mask_is_caught(monkeypatch, wrong):
     monkeypatch.setattr(attention_pattern, "hide", wrong)
     with pytest.raises(AssertionError):
-        cases.test_pattern.hypothesis.inner_test(100, (2, 2), 16, FULL, "packed", False, 0, -1, True)
+        cases.test_pattern.hypothesis.inner_test(100, (2, 2), 16, FULL, "packed", False, 0, -1, FULL)
 
 
 @pytest.mark.parametrize("pair", [("sqt", "sqn"), ("skt", "skn"), ("svt", "svn"), ("sqb", "sqt")])
@@ -159,7 +180,7 @@ def test_swapped_strides_are_caught(monkeypatch, pair):
 
     monkeypatch.setattr(cases, "plan_pattern", swapped)
     with pytest.raises(AssertionError):
-        cases.test_pattern.hypothesis.inner_test(8, (3, 3), 16, FULL, "packed", False, 0, -1, True)
+        cases.test_pattern.hypothesis.inner_test(8, (3, 3), 16, FULL, "packed", False, 0, -1, FULL)
 
 
 def test_a_column_sum_without_the_diagonal_mask_is_caught(monkeypatch):
