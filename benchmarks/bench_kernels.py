@@ -261,9 +261,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write the lines to benchmarks/results")
     options = parser.parse_args(arguments)
     if options.static:
-        from headwater.benchmarks.kernels_static import faults, make_table
+        from headwater.benchmarks.kernels_static import faults, make_table, write_page
 
-        broken = faults(make_table())
+        lines = make_table()
+        write_page(lines)
+        broken = faults(lines)
         print("\n".join(broken), file=sys.stderr)
         return int(bool(broken))
     if options.device != "cpu" and not torch.cuda.is_available():

@@ -28,7 +28,7 @@ from headwater.kernels.program import Launch
 from headwater.kernels.residual_tap import plan_residual
 
 SECTOR = 32
-N_POSITIONS, N_HEAD = 512, 2
+N_POSITIONS, N_HEAD, EDGE = 256, 2, 128
 RESIDUAL_ROWS = 64
 
 
@@ -95,7 +95,7 @@ def make_launch(kernel: str, arch: str, d_head: int, dtype: torch.dtype, square:
     start = torch.zeros(1, n_positions, dtype=torch.int32)
     if kernel == "pattern":
         kept = torch.float32 if dtype == torch.float32 else torch.float16
-        edge = -1 if square else min(256, n_positions)
+        edge = -1 if square else EDGE
         return plan_pattern(q, k, v, scale=0.125, row_start=start, edge=edge, pattern_dtype=kept, config=config)
     if kernel == "column":
         lse = torch.zeros(1, N_HEAD, n_positions)

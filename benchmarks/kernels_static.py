@@ -22,6 +22,7 @@ import torch
 from headwater.benchmarks.sass import PIPES, tile_instructions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels_static.csv"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 N_SEQUENCES, N_POSITIONS, N_HEAD = 16, 1024, 12
 SQUARE = "square, not tiles"
 VARIED = {"pattern": ("a mask in every block", "z first, P afterwards", "addresses by remainder", SQUARE),
@@ -67,13 +68,14 @@ class Row:
 
 
 def static_rows() -> Iterator[Row]:
-    """Yield the configurations of the table and, for 16-bit heads of 64, their naive variants."""
+    """Yield 16-bit heads of 64 on every device, with naive variants, and more of sm_90."""
     for arch in DEVICES:
         for kernel in PRODUCTS:
-            for d_head, dtype in ((64, "float16"), (128, "float16"), (64, "float32")):
-                yield Row(kernel, arch, d_head, dtype)
-                if (d_head, dtype) == (64, "float16") and arch != "sm_100":
-                    yield from (Row(kernel, arch, d_head, dtype, name) for name in VARIED.get(kernel, ()))
+            yield Row(kernel, arch, 64, "float16")
+            if arch != "sm_100":
+                yield from (Row(kernel, arch, 64, "float16", name) for name in VARIED.get(kernel, ()))
+            if arch == "sm_90":
+                yield from (Row(kernel, arch, d_head, dtype) for d_head, dtype in ((128, "float16"), (64, "float32")))
         yield Row("residual", arch, 768, "float16")
 
 
@@ -180,6 +182,23 @@ def show(line: dict[str, Any]) -> str:
     return (f"{name:34} {line['variant'] or line['block']:28} {line['registers']:4} reg {line['spills']:4} spills "
             f"{line['occupancy']:5.0%} occupied {line['instructions_per_1024_scores'] or '':>7} instr/1024  bytes × "
             f"{line['bytes_ratio']:.3f}  model {line['model_us']:8.1f} µs ({line['model_bound']})")
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """Return the table of the documentation, in Markdown."""
+    head = ("kernel", "without", "device", "d_head", "type", "block", "registers", "blocks/SM", "instr/1024", "bytes ×",
+            "model µs", "bound")
+    names = ("kernel", "variant", "device", "d_head", "dtype", "block", "registers", "blocks_per_multiprocessor",
+             "instructions_per_1024_scores", "bytes_ratio", "model_us", "model_bound")
+    rows = [[f"{line[name]}" for name in names] for line in lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def write_page(lines: list[dict[str, Any]], page: Path = PAGE) -> None:
+    """Put the table into the documentation."""
+    before, _, rest = page.read_text("utf-8").partition("<!-- kernels_static -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    page.write_text(f"{before}<!-- kernels_static -->\n{render(lines)}\n<!-- end -->{after}", "utf-8")
 
 
 def faults(lines: list[dict[str, Any]]) -> list[str]:

@@ -59,10 +59,8 @@ def tile_instructions(kernel: str, text: str) -> Counter[str] | None:
     column kernel is masked, full.
     """
     loops = product_loops(text)
-    chosen = {"pattern": {4: (0, 2)}, "column": {2: (1,)}}.get(kernel, {2: (0,)}).get(len(loops))
-    if chosen is None:
+    if len(loops) != (4 if kernel == "pattern" else 2):
         return None
-    total: Counter[str] = Counter()
-    for i in chosen:
-        total += loops[i]
-    return total
+    if kernel == "pattern":
+        return loops[0] + loops[2]
+    return loops[1 if kernel == "column" else 0]

@@ -28,11 +28,14 @@ class DeviceTap:
         self.top_k = host.top_k
         self._nothing = torch.zeros(2, dtype=torch.int64, device=device)
         self._slot: torch.Tensor | None = None
+        self._places: dict[int, tuple[Placement, Placement]] = {}
 
     def place(self, first: int, row_start_BT: torch.Tensor, n_positions: int, n_head: int) -> None:
         """Say which sequences of the run come next, and which of their positions are padding."""
-        self._host_at = Placement.make(self.host.selection, first, row_start_BT.cpu(), n_positions, n_head)
-        self._at = self._host_at.to(self._device)
+        if first not in self._places:  # reading row starts waits for the device, so it is done once
+            at = Placement.make(self.host.selection, first, row_start_BT.cpu(), n_positions, n_head)
+            self._places[first] = at, at.to(self._device)
+        self._host_at, self._at = self._places[first]
 
     def wants(self, site: str, layer: int) -> bool:
         """Say whether a site is stored at a layer (or depth)."""

@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from headwater.extractor.batch import padded
 from headwater.extractor.config import RunConfig
-from headwater.extractor.plan import Plan
+from headwater.extractor.plan import COMPUTE_BYTES, Plan
 from headwater.extractor.sites import SITES, SQUARE, RequestError
 from headwater.extractor.worker import OUTPUT_SITES, last_layer
 from headwater.kernels.cpu import STATISTICS
+from headwater.store.layout import sequence_bytes
 
 LIMITS = {"compute": ("TFLOP/s", 1e12), "link": ("GB/s", 1e9), "disk": ("GB/s", 1e9)}
 GPU_TFLOPS = {"fp32": 60.0, "bf16": 400.0, "fp16": 400.0}
 LINK_GB, DISK_GB = 50.0, 1.0
 PROBE_ROWS, PROBE_ROUNDS = 1024, 4
+GPU_BASE_BYTES = 768 << 20
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,20 @@ def project(plan: Plan, rates: Mapping[str, Rate]) -> Projection:
 
     instead = min(limits(n_bytes - squares + rows).values()) if squares else None
     return Projection(dict(rates), limits(n_bytes), instead)
+
+
+def device_bytes(config: RunConfig, plan: Plan) -> int:
+    """Project the memory that a run needs on its GPU: weights, the block's stream, a micro-batch's work and copies."""
+    model, shape, item = plan.model, plan.geometry, COMPUTE_BYTES[config.compute]
+    wide = padded(shape.seq_len)
+    rows, d = shape.micro * wide, model.d_model
+    weights = sum(prod(s) for s in model.shapes().values()) * item + 2 * model.d_vocab * d * max(item, 4)
+    work = rows * (4 * d * 4 + (5 * d + 2 * model.d_mlp) * item + 8 * model.n_head * 4)
+    sequence = max((sequence_bytes(spec) for spec in plan.arrays), default=0)
+    copies = 3 * shape.micro * sequence
+    copies += 16 * model.n_head * wide**2 if "attn_scores" in plan.selection.sites else 0
+    copies += 512 * model.d_vocab * (12 + item) if set(plan.selection.sites) & set(OUTPUT_SITES[1:]) else 0
+    return GPU_BASE_BYTES + int(1.1 * (weights + 4 * shape.block * wide * d + work + copies))
 
 
 def flops_per_token(plan: Plan) -> float:

@@ -18,7 +18,7 @@ SHOWN_WORKERS = 8
 
 def run_plan(options: Any) -> int:
     """Print the plan of an extraction, then refuse it where it cannot fit."""
-    from headwater.extractor.limits import find_rates, project, read_rates
+    from headwater.extractor.limits import device_bytes, find_rates, project, read_rates
     from headwater.extractor.plan import available_memory, check_resources, free_disk
     from headwater.extractor.run import plan_run
     from headwater.extractor.sites import SITES, SQUARE
@@ -32,6 +32,7 @@ def run_plan(options: Any) -> int:
     plan = plan_run(config)
     free, memory = free_disk(out), available_memory()
     projection = project(plan, find_rates(config, stated))
+    on_device = device_bytes(config, plan) if config.device != "cpu" else None
     if options.json:
         sizes = plan.array_bytes()
         print_json({
@@ -42,6 +43,7 @@ def run_plan(options: Any) -> int:
                        for s in plan.arrays},
             "text_bytes": plan.text_bytes, "total_bytes": plan.total_bytes, "free_disk_bytes": free,
             "host_bytes": plan.host_bytes, "available_memory_bytes": memory,
+            "device_bytes": on_device,
             "projection": {
                 "bound": projection.bound, "tokens_per_second": projection.tokens_per_second,
                 "tokens_per_second_with_statistics": projection.statistics,
@@ -50,6 +52,8 @@ def run_plan(options: Any) -> int:
         })  # fmt: skip
     else:
         print_plan(plan, free, memory)
+        if on_device is not None:
+            print(f"device  {show_bytes(on_device)} of memory needed on the GPU, projected")
         print_projection(projection, [s.name for s in plan.arrays if SITES[s.name].group == SQUARE])
     check_resources(plan, out)
     return DONE

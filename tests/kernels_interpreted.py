@@ -144,8 +144,9 @@ def test_plain_flash_attention(n_positions, tma, seed, dtype):
 
 @settings(MANY, max_examples=30)
 @given(n_rows=st.integers(1, 40), d_model=st.integers(1, 150), types=st.sampled_from([(FULL, None), (FULL, HALF),
-       (HALF, None), (HALF, FULL), (FULL, FULL)]), present=st.integers(0, 15), seed=st.integers(0, 1000))
-def test_residual_tap(n_rows, d_model, types, present, seed):
+       (HALF, None), (HALF, FULL), (FULL, FULL)]), added=st.sampled_from([None, HALF, BFLOAT]),
+       present=st.integers(0, 15), seed=st.integers(0, 1000))
+def test_residual_tap(n_rows, d_model, types, added, present, seed):
     dtype, kept = types
     generator = torch.Generator().manual_seed(seed)
     wide = (torch.randn(4, n_rows, d_model + 3, generator=generator) * 4).to(dtype)
@@ -154,6 +155,7 @@ def test_residual_tap(n_rows, d_model, types, present, seed):
     if seed % 3 == 0:
         x[0, 0], x[-1, -1], delta[n_rows // 2, d_model // 2] = 65000, torch.inf, torch.nan
         delta[0, 0] = 65000
+    delta = delta.to(added or dtype)
     delta, w, b, previous = (value if present >> i & 1 else None for i, value in enumerate((delta, w, b, previous)))
     b = None if w is None else b
     want = residual_reference(x.double(), None if delta is None else delta.double(), w, b, previous=previous,

@@ -85,5 +85,6 @@ def test_a_device_that_is_not_there_is_refused(cli, tiny_gpt2, tiny_text, tmp_pa
     cli("extract", *request, "--device", "cuda:7").error(2, "--device is 'cuda:7'", "--device cpu")
     cli("extract", *request, "--device", "tpu").error(2, "--device is 'tpu'", "cuda:1")
     assert not (tmp_path / "run").exists()
-    assert "link" in cli("plan", *request, "--device", "cuda").out
+    told = cli("plan", *request, "--device", "cuda").out
+    assert "link" in told and "needed on the GPU, projected" in told
     cli("plan", *request, "--device", "cuda", "--edit", "resid[1] scale=2").error(2, "--edit", "Leave --device out")
