@@ -154,8 +154,9 @@ class RayPool:
 
     def _hire(self, cluster: Cluster, threads: int) -> Any:
         settings, digest = asdict(self._config), self._manifest.model["digest"]
+        n_gpus = int(self._config.device != "cpu")
         return cluster.hire(
-            BlockActor, threads, int(self._config.device != "cpu"), str(self._run), settings, digest, self._nonce, threads, cluster.local
+            BlockActor, threads, n_gpus, str(self._run), settings, digest, self._nonce, threads, cluster.local
         )  # fmt: skip
 
     def _sequences(self, block: int) -> str:
