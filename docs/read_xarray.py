@@ -1,16 +1,27 @@
-"""Attention sinks of a run, by layer and head, with xarray alone: python docs/read_xarray.py RUN"""
+"""Where attention goes in a run, by layer and head, with xarray alone: python docs/read_xarray.py RUN"""
 
+import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
-run = xr.open_zarr(sys.argv[1], chunks=None)
+path = Path(sys.argv[1])
+run = xr.open_zarr(path, chunks=None)
 run = run.isel(sequence=run.complete.values)  # what is not captured yet reads as NaN, never as zero
+later = slice(run.sizes["query"] // 2, None)
 
-later = run.attn_sink.isel(query=slice(run.sizes["query"] // 2, None))
-share = later.mean(["sequence", "query"])  # NaN at padding is left out
-print("attention on the first visible token, queries of the second half, mean by layer:")
-for layer, value in zip(run.layer.values, share.mean("head").values, strict=True):
-    strongest = share.sel(layer=layer)
-    head = int(strongest.idxmax())
-    print(f"  layer {layer}: {value:.3f}   strongest head {head}: {float(strongest.max()):.3f}")
+vocabulary = json.loads((path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
+breaks = [number for token, number in vocabulary.items() if token.startswith("Ċ")]
+is_break = xr.DataArray(np.isin(run.tokens, breaks), dims=["sequence", "key"])
+print(f"attention of the second half's queries; {float(is_break.mean()):.0%} of the tokens begin with a line break")
+for layer in run.layer.values:
+    one = run.sel(layer=layer).isel(query=later)
+    on_breaks = one.pattern.astype("float32").where(is_break, 0).sum("key")
+    shares = []
+    for mass in (one.attn_sink, on_breaks.where(one.attn_sink.notnull())):
+        share = mass.mean(["sequence", "query"])  # NaN at padding is left out
+        head = int(share.idxmax())
+        shares.append(f"{float(share.mean()):.3f} (head {head}: {float(share.sel(head=head)):.3f})")
+    print(f"  layer {layer}: on the first token {shares[0]}, on line breaks {shares[1]}")
