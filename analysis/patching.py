@@ -25,12 +25,12 @@ from headwater.kernels.mask import RowBlock
 
 PATCHABLE = ("resid", "resid_mid", "attn_out", "mlp_out", "q", "k", "v", "z", "mlp_pre", "mlp_post")
 HEADS = ("q", "k", "v", "z")
-POSITIONS_AT_ONCE = 4096
+POSITIONS_AT_ONCE, LEAST = 4096, 1e-5
 CONVENTIONS = (
     "Each line has a clean and a corrupt prompt of equal length, an answer and a wrong token. LD = logit(answer) − "
     "logit(wrong) at the last position. restored = (LD patched − LD corrupt)/(LD clean − LD corrupt): 0 changes "
     "nothing, 1 brings the clean answer back. A place is one site, layer (or depth), position and, where heads are "
-    "asked for, head; its clean value goes into the corrupt run. Lines whose prompts differ in LD by less than 1e-3 "
+    "asked for, head; its clean value goes into the corrupt run. Lines whose prompts differ in LD by less than 1e-5 "
     "give NaN."
 )
 
@@ -131,7 +131,8 @@ def patch(
                 if layers is not None and at not in layers:
                     continue
                 found = one.patched(site, at, target.ndim == 4)
-                target[i, at, n - found.shape[0] :] = (found - one.corrupt_ld) / (span if abs(span) >= 1e-3 else np.nan)
+                whole = span if abs(span) >= LEAST else np.nan
+                target[i, at, n - found.shape[0] :] = (found - one.corrupt_ld) / whole
     coords = {"pair": [case.pair.label for case in cases], "position": np.arange(-n, 0), "layer": np.arange(c.n_layer),
               "depth": np.arange(c.n_layer + 1), "head": np.arange(c.n_head)}  # fmt: skip
     data |= {"clean_logit_difference": ("pair", ld[0]), "corrupt_logit_difference": ("pair", ld[1])}

@@ -21,11 +21,13 @@ from headwater.analysis.plateau_paths import (
     baseline_ends,
     distances,
     make_path,
+    relative,
     sharpness,
     width,
 )
 from headwater.analysis.prompts import Pair
 from headwater.analysis.replay import Point, Prompts, Replay, Switch
+from headwater.kernels.workspace import Workspace
 from headwater.store.reader import Run
 
 ROWS = 512
@@ -56,6 +58,7 @@ class Sweep:
         self.b_states = [state[:, 0, 0] for state in b.states]
         self.per_call = max(ROWS // (n_steps * n_last), 1)
         self.n = len(pairs)
+        self._scratch = Workspace()
 
     def ends(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the two states [P, D] at a depth."""
@@ -95,14 +98,20 @@ class Sweep:
 
         with torch.no_grad():
             x = self.replay.run(self.place(depth, part, path_PSD), depth, self.a.before(part), switches, point, look)
-            last = x[:, :, -1]
-            held = ("ln_scale", n_layer) in switches and point is not None
-            scale = point.values["ln_final_scale", 0][:, :, -1] if held and point is not None else None
-            logits = self.replay.logits(last, scale)
-            found[:, :, -1] = torch.stack(distances(logits)).numpy()
-            log_p = torch.log_softmax(logits, -1, out=logits) if not logits.requires_grad else logits
-            kl = (log_p[:, :1].exp() * (log_p[:, :1] - log_p)).sum(-1)
-        return found[0], found[1], found[2], kl.numpy()
+            held = point if ("ln_scale", n_layer) in switches else None
+            scale = None if held is None else held.values["ln_final_scale", 0][:, :, -1]
+            shape = (*x.shape[:2], self.replay.unembedding.shape[1])
+            logits = self.replay.logits(x[:, :, -1], scale, out=self._scratch.get("logits", shape, x.dtype))
+            kl = np.empty(shape[:2])
+            for i, one in enumerate(logits):  # one pair at a time, so that no large tensor is made
+                log_sum = torch.logsumexp(one, -1)
+                p = (one[0] - log_sum[0]).exp()
+                to_b = torch.linalg.vector_norm(one - one[-1], dim=-1)
+                one -= one[0].clone()
+                to_a = torch.linalg.vector_norm(one, dim=-1)
+                kl[i] = (log_sum - log_sum[0] - one @ p).numpy()
+                found[:, i, -1] = torch.stack(relative(to_a, to_b)).numpy()
+        return found[0], found[1], found[2], kl
 
 
 def plateau(

@@ -45,7 +45,12 @@ def distances(o_PSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Return d = ‖o − o_A‖/‖o_B − o_A‖, its mirror ‖o − o_B‖/‖o_B − o_A‖ and d_A/(d_A + d_B), [P, S] each."""
     to_a = torch.linalg.vector_norm(o_PSD - o_PSD[:, :1], dim=-1)
     to_b = torch.linalg.vector_norm(o_PSD - o_PSD[:, -1:], dim=-1)
-    whole = to_a[:, -1:]
+    return relative(to_a, to_b)
+
+
+def relative(to_a: torch.Tensor, to_b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Turn distances [..., S] from both ends into parts of the whole way, and d_A/(d_A + d_B)."""
+    whole = to_a[..., -1:]
     return to_a / whole, to_b / whole, to_a / (to_a + to_b)
 
 

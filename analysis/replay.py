@@ -93,10 +93,20 @@ class Replay:
             x = see("resid", layer + 1, x)
         return x
 
-    def logits(self, x: torch.Tensor, scale: torch.Tensor | None = None, look: Look | None = None) -> torch.Tensor:
-        """Return logits [..., V] of the last depth; `scale` is what ln_f divides by where it is held."""
+    def logits(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        look: Look | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return logits [..., V] of the last depth, in `out`; `scale` is what ln_f divides by where it is held."""
         normed = self._norm("ln_f", x, scale, "ln_final_scale", 0, _see(look))
-        return normed @ self.unembedding
+        if out is None:
+            return normed @ self.unembedding
+        rows = out.view(-1, out.shape[-1])
+        torch.mm(normed.reshape(-1, normed.shape[-1]), self.unembedding, out=rows)
+        return out
 
     def _layer(
         self, layer: int, x: torch.Tensor, prefix: Prefix | None, held: set[str], point: Point | None, see: See

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "kernels": ("bench_kernels", "the kernels on a GPU against eager, SDPA and flash; --static without a GPU"),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
     "ledger": ("bench_ledger", "opening a ledger of a million entries, and planning as many blocks"),
+    "plateau": ("bench_plateau", "a plateau sweep against plain forward passes over as many positions"),
     "workers": ("bench_workers", "two Ray workers against one, and what a block costs beside its own work"),
 }
 _STORE = ("tests/test_store_shard.py", "tests/test_store_readers.py")
