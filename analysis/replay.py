@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from headwater.extractor.model import ACTIVATIONS
+from headwater.extractor.activations import SMOOTH, value_and_slope
 from headwater.extractor.weights import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -57,7 +57,7 @@ class Replay:
         self.config, self.dtype = checkpoint.config, DTYPES[compute]
         self.weights = {name: tensor.to(self.dtype) for name, tensor in checkpoint.tensors.items()}
         self.unembedding = self.weights["wte.weight" if self.config.tied else "lm_head.weight"].T
-        self.activation = ACTIVATIONS[self.config.activation]
+        self.activation = SMOOTH[self.config.activation]
 
     def scale(self, layer: int) -> float:
         """Return the factor on q·k at a layer."""
@@ -83,7 +83,6 @@ class Replay:
         `switches` are (switch, layer) whose part is held at `point`. `look` sees every site as [P, S, …] and may return
         another value to be used (not for the scales): `resid` by depth; q, k, v and z [P, S, N, R, H], attn_scores and
         pattern [P, S, N, R, L + R], attn_out, resid_mid, mlp_pre, mlp_post, mlp_out, ln1_scale, ln2_scale by layer.
-        Copy what you keep: `mlp_pre` is overwritten after the call.
         """
         see = _see(look)
         x = see("resid", depth, x_PSRD)
@@ -132,7 +131,7 @@ class Replay:
         if "mlp_linear" in held:
             post = kept("mlp_post") + kept("slope") * (pre - kept("mlp_pre"))
         else:
-            post = self.activation(pre.clone() if pre.requires_grad else pre)
+            post = self.activation(pre)
         post = see("mlp_post", layer, post)
         return x + see("mlp_out", layer, self._linear(b + "mlp.c_proj", post))
 
@@ -236,15 +235,10 @@ class Prompts:
             end = self.replay.run(x, depth, self.before(prompts), look=point.take)
             self.replay.logits(end, look=point.take)
         for layer in range(depth, self.replay.config.n_layer):
-            point.values["slope", layer] = self._slope(point.values["mlp_pre", layer])
+            pre = point.values["mlp_pre", layer]
+            point.values["slope", layer] = value_and_slope(self.replay.config.activation, pre)[1]
         return point
 
     def before(self, prompts: slice) -> Prefix | None:
         """Return the prefix of some prompts."""
         return None if self.prefix is None else self.prefix.of(prompts)
-
-    def _slope(self, pre: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode(False), torch.enable_grad():
-            at = pre.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self.replay.activation(at * 1).sum(), at)
-        return slope

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from headwater.extractor.activations import value_and_slope
 from headwater.extractor.batch import Batch
 from headwater.extractor.edit_places import Place, Spots, find_function, item_shape, place_edits
 from headwater.extractor.edit_sources import make_source
 from headwater.extractor.edits import Edit
 from headwater.extractor.hook import RecordHook
-from headwater.extractor.model import ACTIVATIONS, Model, Tap
+from headwater.extractor.model import Model, Tap
 from headwater.extractor.sites import SITES
 from headwater.kernels.mask import RowBlock
 
@@ -167,7 +168,8 @@ class BoundEdits:
         assert self._pre is not None
         pre = self._pre[b, t]
         point = self._kept["mlp_pre", layer][b, t] if point is None else point.to(pre)
-        return torch.where(pre == point, old, tangent(self.editor.model.config.activation, point, pre))
+        value, slope = value_and_slope(self.editor.model.config.activation, point)
+        return torch.where(pre == point, old, value + slope * (pre - point))
 
     def _noise(self, place: Place, layer: int, old: torch.Tensor, b: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Draw normal values that depend on seed, edit, layer, sequence and position alone."""
@@ -205,16 +207,6 @@ class BoundEdits:
             heads = _chosen(place.heads, shape[0], value.device)[:, None]
             mask = heads if mask is None else heads & mask
         return mask
-
-
-def tangent(activation: str, point: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
-    """Return the tangent of an activation function at `point`, evaluated at `pre`."""
-    with torch.inference_mode(False), torch.enable_grad():
-        p = point.clone().requires_grad_()
-        y = ACTIVATIONS[activation](p * 1)
-        (slope,) = torch.autograd.grad(y.sum(), p)
-    line: torch.Tensor = y.detach() + slope * (pre - point)
-    return line
 
 
 def _result(

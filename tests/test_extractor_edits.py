@@ -8,7 +8,9 @@ import torch
 from transformers.models.gpt2 import modeling_gpt2
 
 import headwater
+from headwater.extractor.activations import SMOOTH, value_and_slope
 from headwater.extractor.edits import Edit, parse_edit
+from headwater.extractor.model import ACTIVATIONS
 from headwater.extractor.sites import RequestError
 
 N_LAYER, T = 3, 20
@@ -347,3 +349,13 @@ def test_python_arrays_that_do_not_fit(on_disk):
 def test_a_line_reads_as_it_prints():
     for line in (*CASES, *NOTHING, "pattern[0] position=first head=1 key=0:4 zero", "k noise=0.5 seed=3"):
         assert str(parse_edit(str(parse_edit(line)))) == str(parse_edit(line))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+def test_smooth_activations_are_those_of_the_forward_pass(name):
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    value, slope = value_and_slope(name, x)
+    torch.testing.assert_close(value, ACTIVATIONS[name](x.clone()), rtol=1e-12, atol=1e-12)
+    h, away = 1e-6, x.abs() > 1e-3
+    near = [ACTIVATIONS[name](x + sign * h) for sign in (1, -1)]
+    torch.testing.assert_close(slope[away], ((near[0] - near[1]) / (2 * h))[away], rtol=1e-6, atol=1e-8)
