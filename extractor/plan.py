@@ -139,15 +139,17 @@ def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int)
     return total + n_blocks * (shape.block + 4 + 512 + 80 * shards) + METADATA_BYTES * (16 + len(arrays))
 
 
-def check_resources(plan: Plan, out: Place, done: float = 0.0) -> None:
+def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = False) -> None:
     """Refuse a run that the disk or the memory cannot hold, with both numbers; `done` is the share that is there.
+
+    `at_least` says that the plan is a lower bound, made before the sequences are counted.
 
     An array with a codec does not count, since nobody knows what is left of it.
     """
     needed, free = int(plan.certain_bytes * (1 - done)), free_disk(out)
     if needed > free:
         raise RequestError(
-            f"the run needs {show_bytes(needed)} on disk, but the disk of {out} has {show_bytes(free)} free. "
+            f"the run needs {'at least ' if at_least else ''}{show_bytes(needed)} on disk, but the disk of {out} has {show_bytes(free)} free. "
             "Ask for fewer sites, layers or sequences (--preset statistics is about 85 times smaller than "
             "patterns), or choose another --out."
         )

@@ -267,7 +267,7 @@ def _finished(manifest: Manifest, run: Place) -> bool:
 def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Place) -> None:
     """Refuse what is wrong with a request before a directory is made."""
     source = Source(config, checkpoint.config, checkpoint.tokenizer)
-    check_resources(make_plan(config, checkpoint.config, source.geometry, 1), run)
+    check_resources(make_plan(config, checkpoint.config, source.geometry, 1), run, at_least=True)
 
 
 def _stored_request(config: RunConfig, run: Place) -> RunConfig:
