@@ -15,6 +15,7 @@ BENCHMARKS = {
         "write, stream and pick from one array: Headwater, zarr-python, zarrs, tensorstore, h5py …",
     ),
     "kernels": ("bench_kernels", "the kernels on a GPU against eager, SDPA and flash; --static without a GPU"),
+    "serve": ("bench_serve", "a server: 200 readers beside a job, 20 kills, a run of 100 GB opened"),
     "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
     "ledger": ("bench_ledger", "opening a ledger of a million entries, and planning as many blocks"),
     "plateau": ("bench_plateau", "a plateau sweep against plain forward passes over as many positions"),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from headwater.extractor.batch import attention_rows, padded
 from headwater.extractor.config import RunConfig
 from headwater.extractor.edit_places import place_edits
 from headwater.extractor.edits import REFERENCE, Edit
+from headwater.extractor.machine import available_memory as available_memory
 from headwater.extractor.selection import Selection, select
 from headwater.extractor.sites import SITES, RequestError
 from headwater.extractor.transfer import ring_capacity
@@ -195,31 +194,6 @@ def free_disk(out: Place) -> int:
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that can be used without swapping, within the container's limit."""
-    try:
-        free = _table("/proc/meminfo")["MemAvailable:"] * 1024
-    except (OSError, KeyError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(free, _room("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-               _room("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-               )  # fmt: skip
-
-
-def _room(folder: str, limit: str, used: str, cached: str) -> int:
-    """Return what a control group leaves; its cache of files is given back when memory is short."""
-    try:
-        most, now = (int(Path(folder, name).read_text()) for name in (limit, used))
-        return max(most - now + _table(f"{folder}/memory.stat").get(cached, 0), 0)
-    except (OSError, ValueError):
-        return ENDLESS
-
-
-def _table(path: str) -> dict[str, int]:
-    """Read a file of lines that hold a name and a number."""
-    return {name: int(value) for name, value, *_ in map(str.split, Path(path).read_text().splitlines())}
 
 
 def _spec(

@@ -66,6 +66,16 @@ def plan_run(config: RunConfig) -> Plan:
     return make_plan(config, model, source.geometry, count_rows(source))
 
 
+def plan_rest(config: RunConfig) -> tuple[Plan, int]:
+    """Plan a run whose text is committed, and count its committed blocks; its weights are not read."""
+    run = place_of(config.out)
+    config, manifest = _stored_request(config, run), read_manifest(run)
+    shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
+    model = read_config(config.model, config.revision)
+    plan = make_plan(replace(config, block=manifest.block), model, shape, manifest.n_sequences)
+    return plan, len(Ledger(run, manifest.fingerprint).committed())
+
+
 def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     """Make a run, or go on with the one at `config.out`; return it for reading.
 

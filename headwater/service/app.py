@@ -1,0 +1,282 @@
+"""The routes: what the server answers to, over the modules that know how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import fastapi
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+
+import headwater
+from headwater.service import figures, slices
+from headwater.service.catalog import Catalog
+from headwater.service.documents import read_document
+from headwater.service.executor import BusyError, Executor
+from headwater.service.guard import COOKIE, Guard, cookie_value, same
+from headwater.service.job_queue import JobQueue
+from headwater.service.places import NotHereError, public, shown
+from headwater.service.results import read_result
+from headwater.service.schemas import ERRORS, Login, Problem, Submission
+from headwater.service.settings import Settings
+from headwater.service.texts import keep_text
+from headwater.service.zarr_files import zarr_file
+from headwater.store.entry import LedgerError
+from headwater.store.manifest import RunDamaged
+
+PAGE = files("headwater.service") / "page"
+EVENT_SECONDS, BEAT_SECONDS = 0.2, 15.0
+Name = Annotated[str, fastapi.Path(max_length=1000, description="a run, by its path under the server's root")]
+Place = Annotated[int, Query(ge=0, le=2**31 - 1)]
+Selected = Annotated[str | None, Query(pattern=slices.RANGE, description='a number, or a range such as "2:5"')]
+
+
+class BigFileResponse(FileResponse):
+    """A file that is read in larger pieces."""
+
+    chunk_size = 1 << 20
+
+
+def make_app(settings: Settings, jobs: JobQueue, catalog: Catalog, executor: Executor) -> Guard:
+    """Build the application, with the guard around it."""
+    app = FastAPI(
+        title="Headwater", version=headwater.__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
+        responses=ERRORS,
+        description="Runs of GPT-2-family models: their data, jobs that make them, and figures of what is in them.",
+    )  # fmt: skip
+    _add_errors(app, settings)
+    _add_page(app, settings)
+    _add_runs(app, settings, catalog)
+    _add_jobs(app, settings, jobs, executor)
+    _describe_problem(app)
+    return Guard(app, settings)
+
+
+def _add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
+    @app.get("/runs")
+    def list_runs() -> dict[str, Any]:
+        """List the runs under the root, with progress and what is known of damage."""
+        return {"runs": [catalog.summary(name) for name in catalog.names()]}
+
+    @app.get("/runs/{name:path}/about")
+    def describe_run(name: Name) -> dict[str, Any]:
+        """Describe a run: arrays, coordinates, provenance, results."""
+        return catalog.describe(name)
+
+    @app.get("/runs/{name:path}/arrays/{site}", response_class=Response,
+             responses={200: {"content": {"application/x-npy": {}, "application/vnd.apache.arrow.stream": {}}}})
+    def read_array(
+        request: Request, name: Name, site: Annotated[str, fastapi.Path(max_length=200)], sequence: Selected = None,
+        layer: Selected = None, depth: Selected = None, head: Selected = None, position: Selected = None,
+        selected_position: Selected = None, query: Selected = None, key: Selected = None, rank: Selected = None,
+        d_model: Selected = None, d_head: Selected = None, d_mlp: Selected = None,
+        format: Literal["npy", "arrow"] = "npy", partial: bool = False,
+    ) -> Response:  # fmt: skip
+        """Return a named slice of an array as npy or as an Arrow stream.
+
+        Layers, depths and heads are the model's numbers. The header x-headwater-dims names the dimensions that are
+        left. A slice with sequences that are not computed yet is refused unless `partial` is true.
+        """
+        known = {*slices.DIMS, "format", "partial"}
+        for parameter in request.query_params:
+            if parameter not in known:
+                raise ValueError(f"{shown(parameter)} is no parameter; expected {', '.join((*slices.DIMS, 'format'))}.")
+        wanted = {d: v for d in slices.DIMS if (v := request.query_params.get(d)) is not None}
+        part = slices.read_slice(catalog.open(name), site, wanted, partial, settings.limits)
+        data, kind = ((slices.to_npy(part.values), "application/x-npy") if format == "npy" else
+                      (slices.to_arrow(part), "application/vnd.apache.arrow.stream"))  # fmt: skip
+        ends = {d: [int(c[0]), int(c[-1])] for d, c in part.coordinates.items() if c.dtype.kind in "iu"}
+        return Response(data, media_type=kind, headers={
+            "x-headwater-dims": ",".join(part.dims), "x-headwater-range": json.dumps(ends),
+            "x-headwater-incomplete": str(part.incomplete),
+        })  # fmt: skip
+
+    @app.get("/runs/{name:path}/thumbnails", response_class=Response,
+             responses={200: {"content": {"application/x-npy": {}}}})
+    def read_thumbnails(name: Name, sequence: Place, layer: Place) -> Response:
+        """Return small pictures of a layer's patterns as npy [head, row, column]."""
+        small = figures.thumbnails(catalog.open(name), sequence, layer)
+        return Response(slices.to_npy(small), media_type="application/x-npy")
+
+    @app.get("/runs/{name:path}/figures/{kind}")
+    def read_figure(
+        request: Request, name: Name, kind: Literal["tokens", "sinks", "norm", "massive", "cosine", "token"],
+        sequence: Place, position: Annotated[int | None, Query(ge=0, le=2**31 - 1)] = None,
+    ) -> JSONResponse:  # fmt: skip
+        """Return the numbers of a figure of one sequence, and the Python that makes them."""
+        figure = figures.make_figure(catalog.open(name), kind, sequence, position)
+        return JSONResponse(figure.to_json(name, f"{request.base_url}runs/{name}"))
+
+    @app.get("/runs/{name:path}/results/{analysis}")
+    def read_analysis(name: Name, analysis: Annotated[str, fastapi.Path(max_length=200)]) -> JSONResponse:
+        """Return a saved result: attributes, and variables that are not too large."""
+        return JSONResponse(read_result(catalog.open(name), catalog.analyses(name), analysis))
+
+    @app.head("/runs/{key:path}", include_in_schema=False)
+    @app.get("/runs/{key:path}", response_class=FileResponse)
+    def read_file(key: Annotated[str, fastapi.Path(max_length=2000)]) -> Response:
+        """Return a file of a run as Zarr readers ask for it, whole or in ranges."""
+        path = zarr_file(settings.root, key)
+        kind = "application/json" if path.suffix == ".json" else "application/octet-stream"
+        return BigFileResponse(path, media_type=kind, stat_result=os.stat(path))
+
+
+def _add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executor) -> None:
+    @app.post("/plan")
+    def plan_job(submission: Submission) -> dict[str, Any]:
+        """Say what a job would cost; nothing is queued."""
+        run, price = executor.plan(submission.kind, read_document(submission.document))
+        return {"kind": submission.kind, "run": run, "price": price}
+
+    @app.post("/jobs", status_code=201, responses={200: {"description": "the same job waits or runs already"}})
+    def submit_job(submission: Submission, response: Response) -> dict[str, Any]:
+        """Plan a job, and queue it; the same one that waits or runs already is returned instead of a second."""
+        document = read_document(submission.document)
+        run, price = executor.plan(submission.kind, document)
+        job, new = executor.submit(submission.kind, document, run, price)
+        response.status_code = 201 if new else 200
+        return job.to_json()
+
+    @app.get("/jobs")
+    def list_jobs(
+        state: Literal["queued", "running", "done", "failed", "cancelled"] | None = None,
+        before: Annotated[int | None, Query(ge=1, le=2**62)] = None, most: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> dict[str, Any]:  # fmt: skip
+        """List jobs, the newest first."""
+        states = () if state is None else (state,)
+        return {"jobs": [job.to_json() for job in jobs.newest(states, before, most)], "clock": jobs.clock}
+
+    @app.get("/jobs/{number}")
+    def read_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> dict[str, Any]:
+        """Return a job."""
+        return jobs.get(number).to_json()
+
+    @app.post("/jobs/{number}/cancel")
+    def cancel_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> dict[str, Any]:
+        """End a job; the run that it was making can be resumed by submitting the same job again."""
+        return executor.cancel(number).to_json()
+
+    @app.put("/texts/{name}", status_code=201, openapi_extra={
+        "requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+                        "required": True}})  # fmt: skip
+    async def upload_text(name: Annotated[str, fastapi.Path(max_length=101)], request: Request) -> dict[str, Any]:
+        """Keep a text for jobs, as texts/NAME under the root; a file of that name must not be there."""
+        data = await request.body()
+        return {"text": await asyncio.to_thread(keep_text, settings.root, name, data), "n_bytes": len(data)}
+
+    @app.get("/events", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}})
+    async def follow_jobs(
+        request: Request, since: Annotated[int | None, Query(ge=0, le=2**62)] = None
+    ) -> StreamingResponse:
+        """Follow the jobs: one server-sent event for each change, with the job as its data."""
+        last = request.headers.get("last-event-id", "")
+        start = int(last) if last.isdecimal() and len(last) < 19 else jobs.clock if since is None else since
+        return StreamingResponse(_events(request, jobs, start), media_type="text/event-stream",
+                                 headers={"cache-control": "no-store"})  # fmt: skip
+
+
+async def _events(request: Request, jobs: JobQueue, since: int) -> AsyncIterator[str]:
+    """Yield changes as they come, and a comment now and then so that both sides notice a lost connection."""
+    quiet = BEAT_SECONDS
+    yield "retry: 1000\n\n"
+    while not await request.is_disconnected():
+        if jobs.clock > since:
+            since, changed = await asyncio.to_thread(jobs.changed, since)
+            for job in changed:
+                yield f"id: {since}\nevent: job\ndata: {json.dumps(job.to_json())}\n\n"
+            quiet = BEAT_SECONDS
+        elif (quiet := quiet - EVENT_SECONDS) <= 0:
+            quiet = BEAT_SECONDS
+            yield ": still here\n\n"
+        await asyncio.sleep(EVENT_SECONDS)
+
+
+def _add_page(app: FastAPI, settings: Settings) -> None:
+    def page(name: str) -> HTMLResponse:
+        return HTMLResponse((PAGE / name).read_text("utf-8"), headers={"cache-control": "no-cache"})
+
+    @app.get("/", include_in_schema=False)
+    def read_page() -> HTMLResponse:
+        return page("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    def read_docs() -> HTMLResponse:
+        return page("docs.html")
+
+    kinds = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+
+    @app.get("/page/{name}", include_in_schema=False)
+    def read_asset(name: str) -> Response:
+        path = PAGE / name
+        if Path(name).name != name or Path(name).suffix not in kinds or not path.is_file():
+            raise NotHereError("there is no such file here.")
+        return Response(path.read_bytes(), media_type=kinds[Path(name).suffix], headers={"cache-control": "no-cache"})
+
+    @app.get("/health")
+    def health() -> dict[str, Any]:
+        """Say that the server is there, and whether it wants a token."""
+        return {"headwater": headwater.__version__, "token": settings.token is not None}
+
+    @app.post("/login")
+    def login(given: Login) -> Response:
+        """Exchange the token for a cookie, for the page."""
+        if settings.token is None or not same(given.token, settings.token):
+            return JSONResponse({"detail": "that is not this server's token."}, 403)
+        response = JSONResponse({"detail": "welcome"})
+        response.set_cookie(COOKIE, cookie_value(settings.token), httponly=True, samesite="strict", max_age=30 * 86400)
+        return response
+
+
+def _add_errors(app: FastAPI, settings: Settings) -> None:
+    def answer(status: int, text: str) -> JSONResponse:
+        return JSONResponse({"detail": public(text, settings.root)}, status)
+
+    statuses = {slices.TooLargeError: 413, slices.IncompleteError: 409, NotHereError: 404}
+
+    async def known(_: Request, error: Exception) -> Response:
+        status = next((code for kind, code in statuses.items() if isinstance(error, kind)), 400)
+        return answer(status, str(error))
+
+    async def unreadable(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        return answer(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}.")
+
+    async def damaged(_: Request, error: Exception) -> Response:
+        return answer(500, f"the run is damaged: {error}")
+
+    async def busy(_: Request, error: Exception) -> Response:
+        return answer(503, str(error))
+
+    app.add_exception_handler(BusyError, busy)
+    for kind in (ValueError, NotHereError):
+        app.add_exception_handler(kind, known)
+    app.add_exception_handler(RequestValidationError, unreadable)
+    app.add_exception_handler(LedgerError, damaged)
+    app.add_exception_handler(RunDamaged, damaged)
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> Response:
+        return JSONResponse({"detail": "the server failed at this request; its log says why."}, 500)
+
+
+def _describe_problem(app: FastAPI) -> None:
+    """Put the form of errors into the OpenAPI document."""
+    make = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schemas = make().setdefault("components", {}).setdefault("schemas", {})
+            schemas["Problem"] = Problem.model_json_schema()
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+

@@ -1,0 +1,226 @@
+"""The runs under the root: which there are, how far they are, and what is known to be damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headwater.service.places import NotHereError, inside, public
+from headwater.service.settings import Settings
+from headwater.store.entry import Entry, LedgerError
+from headwater.store.manifest import RunDamaged, RunError, manifest_path
+from headwater.store.reader import Run, open_run
+from headwater.store.verify import verify
+
+LISTED_DEPTH = 4
+OPEN_RUNS, FEW_ENTRIES = 32, 16
+SHOWN_PROBLEMS = 50
+
+
+@dataclass
+class Counted:
+    """What the committed blocks hold together; entries are read once, since they never change."""
+
+    seen: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def update(self, run: Run) -> dict[str, int]:
+        """Read the new entries; return blocks, sequences, tokens and bytes so far."""
+        with self.lock:
+            committed = run.ledger.committed()
+            for block in self.seen.keys() - committed.keys():
+                del self.seen[block]
+            new = {block for block, attempt in committed.items() if self.seen.get(block, (0,))[0] != attempt}
+            for e in _entries(run, new):
+                self.seen[e.block] = (committed[e.block], e.last - e.first, e.n_tokens, e.n_bytes)
+            totals = [sum(values) for values in zip(*(v[1:] for v in self.seen.values()), strict=True)] or [0, 0, 0]
+            names = ("committed", "complete", "n_tokens", "n_bytes")
+            return dict(zip(names, (len(self.seen), *totals), strict=True))
+
+
+def _entries(run: Run, blocks: set[int]) -> Iterator[Entry]:
+    """Yield the entries of some blocks: one by one where they are few, else all in one reading."""
+    if len(blocks) <= FEW_ENTRIES:
+        yield from (run.ledger.read(block) for block in sorted(blocks))
+    else:
+        yield from (entry for entry in run.ledger.entries() if entry.block in blocks)
+
+
+class Catalog:
+    """Find, open and describe the runs of a root. Open runs are kept, with their memory maps."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.root, self.limits = settings.root, settings.limits
+        self._runs: dict[str, tuple[tuple[int, int], Run, Counted]] = {}
+        self._read: dict[str, None] = {}
+        self._lock = threading.Lock()
+        self._damage: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._to_check: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._waiting: set[str] = set()
+        threading.Thread(target=self._check, daemon=True, name="quick checks").start()
+
+    def names(self) -> list[str]:
+        """List the runs by their path under the root, sorted."""
+        found: list[str] = []
+        for path in self._walk(self.root, 0):
+            found.append(path.relative_to(self.root).as_posix())
+            if len(found) == self.limits.runs:
+                break
+        return sorted(found)
+
+    def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
+        try:
+            items = sorted(os.scandir(folder), key=lambda item: item.name)
+        except OSError:
+            return
+        for item in items:
+            if item.name.startswith(".") or not item.is_dir(follow_symlinks=False):
+                continue
+            path = Path(item.path)
+            if manifest_path(path).is_file() or (path / "headwater" / "unfinished").is_file():
+                yield path
+            elif depth + 1 < LISTED_DEPTH and not (path / "zarr.json").is_file():
+                yield from self._walk(path, depth + 1)
+
+    def open(self, name: str) -> Run:
+        """Return a run, opened once; raise NotHereError where there is none.
+
+        Of the runs that were read longest ago the memory maps are let go.
+        """
+        run, _ = self._open(name)
+        with self._lock:
+            self._read.pop(name, None)
+            self._read[name] = None
+            for old in list(self._read)[:-OPEN_RUNS]:
+                del self._read[old]
+                mark, there, counted = self._runs[old]
+                self._runs[old] = (mark, open_run(there.path), counted)
+        return run
+
+    def _open(self, name: str) -> tuple[Run, Counted]:
+        path = inside(self.root, name)
+        try:
+            stat = os.stat(str(manifest_path(path)))
+        except OSError:
+            raise NotHereError(f"there is no run {name!r} here.") from None
+        mark = (stat.st_ino, stat.st_mtime_ns)
+        with self._lock:
+            if name not in self._runs or self._runs[name][0] != mark:
+                self._runs[name] = (mark, open_run(path), Counted())
+            return self._runs[name][1:]
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """Describe a run in a few values; one that cannot be read says why."""
+        try:
+            run, counted = self._open(name)
+            m, counts = run.manifest, counted.update(run)
+        except NotHereError:
+            return {"name": name, "state": "reading text"}
+        except (RunError, RunDamaged, LedgerError, OSError) as error:
+            return {"name": name, "state": "damaged", "error": public(str(error), self.root)}
+        done = counts["committed"] >= m.n_blocks
+        return {
+            "name": name, "state": "complete" if done else "unfinished", "model": m.model["name"].rpartition("/")[2],
+            "n_layer": m.model["config"]["n_layer"], "n_head": m.model["config"]["n_head"],
+            "d_model": m.model["config"]["d_model"], "n_sequences": m.n_sequences, "n_positions": m.n_positions,
+            "n_blocks": m.n_blocks, **counts, "sites": list(run.sites), "fingerprint": m.fingerprint,
+            "text": [source_name(source["path"]) for source in m.text["sources"]][:20],
+            "made": int(os.stat(str(manifest_path(run.path))).st_mtime),
+            "damage": self.damage(name, counts["committed"]),
+        }  # fmt: skip
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """Describe a run with its arrays, its provenance and the results of its analyses."""
+        run = self.open(name)
+        m = run.manifest
+        arrays = [
+            {
+                "name": s.name, "title": s.attributes.get("title", ""), "dtype": s.dtype, "codec": s.codec,
+                "dims": s.dims, "sizes": dict(zip(s.dims, s.shape, strict=True)),
+                "n_bytes": s.stored_bytes(m.n_sequences), "transformer_lens": s.attributes.get("transformer_lens"),
+            }
+            for s in m.arrays
+        ]  # fmt: skip
+        sources = [{**source, "path": source_name(source["path"])} for source in m.text["sources"]]
+        return self.summary(name) | {
+            "arrays": arrays, "config": json.loads(public(json.dumps(m.config), self.root)),
+            "model_config": m.model["config"], "model_digest": m.model["digest"],
+            "made_by": m.made_by, "sources": sources, "packing": m.text["packing"], "text_digest": m.text["digest"],
+            "coordinates": {d: run.leads(s.name) for s in m.arrays if (d := s.axis) is not None}
+            | ({"head": run.plain("head").tolist()} if (run.path / "head").is_dir() else {}),
+            "labels": sorted(path.name for path in inside(self.root, name).glob("label_*")),
+            "tokenizer": (run.path / "tokenizer.json").is_file(),
+            "analyses": self.analyses(name), "incomplete": missing_ranges(run),
+        }  # fmt: skip
+
+    def analyses(self, name: str) -> list[str]:
+        """List the saved results of a run."""
+        folder = inside(self.root, f"{name}.analysis")
+        if not folder.is_dir():
+            return []
+        return sorted(path.parent.name for path in folder.glob("[!.]*/zarr.json"))
+
+    def damage(self, name: str, committed: int) -> dict[str, Any] | None:
+        """Return what the last check found, None before the first; order a quick check where blocks came since."""
+        at, found = self._damage.get(name, (-1, None))
+        if at != committed and name not in self._waiting:
+            self._damage[name] = (committed, found or {})
+            self._waiting.add(name)
+            self._to_check.put(name)
+        return found or None
+
+    def set_damage(self, name: str, found: dict[str, Any]) -> None:
+        """Note what a whole check of a run found."""
+        self._damage[name] = (self._damage.get(name, (-1, {}))[0], found)
+
+    def _check(self) -> None:
+        """Compare lengths and shard indexes, run by run; a thread that lives as long as the server."""
+        while True:
+            name = self._to_check.get()
+            self._waiting.discard(name)
+            try:
+                run = self.open(name)
+                report = verify(run, quick=True)
+                problems = [{"path": p.path, "what": public(p.what, self.root)} for p in report.problems]
+                found = {"checked": "lengths and indexes", "n_problems": len(problems),
+                         "problems": problems[:SHOWN_PROBLEMS]}  # fmt: skip
+                self._damage[name] = (self._damage[name][0], found)
+            except Exception as error:
+                self._damage[name] = (self._damage[name][0], {"checked": "no", "n_problems": 0, "problems": [],
+                                                              "error": public(str(error), self.root)})  # fmt: skip
+
+
+def source_name(path: str) -> str:
+    """Return the name of a source without the folders of the machine that it was read on."""
+    return path.rpartition("/")[2] or path
+
+
+def complete_mask(run: Run, first: int, last: int) -> np.ndarray:
+    """Say of the sequences [first, last) which are committed, from the ledger."""
+    committed, block = run.ledger.committed(), run.manifest.block
+    return np.array([s // block in committed for s in range(first, last)], bool)
+
+
+def missing_ranges(run: Run, most: int = 100) -> list[tuple[int, int]]:
+    """List the ranges of sequences that are not committed, `most` at most."""
+    committed, m = run.ledger.committed(), run.manifest
+    found: list[tuple[int, int]] = []
+    for block in range(m.n_blocks):
+        if block in committed:
+            continue
+        first, last = m.block_range(block)
+        if found and found[-1][1] == first:
+            found[-1] = (found[-1][0], last)
+        elif len(found) == most:
+            break
+        else:
+            found.append((first, last))
+    return found

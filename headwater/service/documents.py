@@ -1,0 +1,181 @@
+"""What a job is: a kind, and the document of the command of that name. Paths in it are checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from headwater.analysis.registry import entry_of
+from headwater.extractor.config import RunConfig
+from headwater.extractor.edit_places import is_prompt
+from headwater.extractor.edits import Edit, read_edits
+from headwater.extractor.sites import RequestError
+from headwater.service.interventions import COMMANDS, resolve_command
+from headwater.service.places import DeniedError, NotHereError, inside, out_path, read_path, shown
+from headwater.service.settings import Settings
+from headwater.store.manifest import RunError, manifest_path, read_manifest
+
+HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+MOST_WORKERS = 64
+
+
+def read_document(document: Mapping[str, Any] | str) -> dict[str, Any]:
+    """Return the settings of a document, which may be the text of a TOML file; `seq-len` is the same as `seq_len`."""
+    if isinstance(document, str):
+        try:
+            document = tomllib.loads(document)
+        except tomllib.TOMLDecodeError as error:
+            raise RequestError(f"the document is not TOML: {error}. Its keys are the command's flags.") from error
+    return {name.replace("-", "_"): value for name, value in document.items()}
+
+
+def resolve(settings: Settings, kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document with its paths resolved, as a worker runs it; raise ValueError for what may not be."""
+    if kind not in KINDS:
+        raise RequestError(f"there is no job {kind!r}; expected one of {', '.join(KINDS)}.")
+    return KINDS[kind](settings, dict(document))
+
+
+def run_name(settings: Settings, kind: str, resolved: Mapping[str, Any]) -> str:
+    """Return the name of the run that a job writes or reads."""
+    path = Path(resolved["out"] if kind == "extract" else resolved["run"])
+    return path.relative_to(settings.root).as_posix()
+
+
+def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+    _only(document, [item.name for item in fields(RunConfig)], "extract")
+    if document.get("ray") is not None:
+        raise DeniedError("ray is the server's to choose; leave it out. `headwater serve --ray` says where jobs run.")
+    resolved = {name: value for name, value in document.items() if value is not None}
+    resolved["out"] = out_path(settings, resolved.get("out"))
+    if isinstance(workers := resolved.get("workers"), int) and workers > MOST_WORKERS:
+        raise DeniedError(f"workers is {workers}; this server runs at most {MOST_WORKERS} for a job.")
+    for name in ("model", "tokenizer"):
+        if name in resolved:
+            resolved[name] = _model(settings, resolved[name], name)
+    if "tokens" in resolved:
+        resolved["tokens"] = _inside_only(read_path(settings, resolved["tokens"], "tokens", settings.texts), settings)
+    if "text" in resolved:
+        names = [resolved["text"]] if isinstance(resolved["text"], str) else resolved["text"]
+        if not isinstance(names, list | tuple) or not names:
+            raise RequestError(f"text is {shown(names)}; expected a list of files or directories.")
+        resolved["text"] = [_inside_only(read_path(settings, t, "text", settings.texts), settings) for t in names]
+    if "edits" in resolved:
+        resolved["edits"] = [str(_edit(settings, edit)) for edit in read_edits(resolved["edits"])]
+    if resolved.keys() <= {"out", "threads", "workers", "other_processor"}:
+        _check_stored(settings, Path(resolved["out"]))
+    RunConfig(**resolved)
+    if settings.ray is not None:
+        resolved["ray"] = settings.ray
+    return resolved
+
+
+def _analyze(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+    _only(document, ["run", "analyses", "partial", "again", "options"], "analyze")
+    names = document.get("analyses") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise RequestError(f"analyses is {shown(names)}; expected a list of names.")
+    options = document.get("options", {})
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise RequestError(f"options is {shown(options)}; expected a table of the analyses' options.")
+    if "model" in options:
+        options = options | {"model": _model(settings, options["model"], "model")}
+    return {"run": _run(settings, document), "analyses": [entry_of(name).name for name in names], "options": options,
+            "partial": _switch(document, "partial"), "again": _switch(document, "again")}  # fmt: skip
+
+
+def _verify(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+    _only(document, ["run", "quick", "repair"], "verify")
+    return {"run": _run(settings, document), "quick": _switch(document, "quick"),
+            "repair": _switch(document, "repair")}  # fmt: skip
+
+
+def _command(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+    return resolve_command(
+        document, lambda: _run(settings, document),
+        lambda name, what: _inside_only(read_path(settings, name, what, settings.texts), settings),
+        lambda name: _model(settings, name, "model"), lambda edit: _edit(settings, edit),
+    )  # fmt: skip
+
+
+KINDS: dict[str, Callable[[Settings, dict[str, Any]], dict[str, Any]]] = {
+    "extract": _extract, "analyze": _analyze, "verify": _verify, **dict.fromkeys(COMMANDS, _command),
+}  # fmt: skip
+
+
+def _run(settings: Settings, document: Mapping[str, Any]) -> str:
+    name = document.get("run")
+    if not isinstance(name, str) or not name:
+        raise RequestError("run is missing; name one of the server's runs.")
+    try:
+        path = inside(settings.root, name)
+        if manifest_path(path).is_file():
+            return str(path)
+    except NotHereError:
+        pass
+    raise NotHereError(f"there is no run {shown(name)} here.")
+
+
+def _model(settings: Settings, name: Any, what: str) -> str:
+    """Return a model that may be loaded: the packaged one, one in an allowed folder, or a hub id."""
+    if name == "demo":
+        return "demo"
+    try:
+        return _inside_only(read_path(settings, name, what, settings.models), settings, settings.models)
+    except DeniedError:
+        if isinstance(name, str) and HUB_ID.fullmatch(name) and ".." not in name:
+            return name
+        raise
+
+
+def _edit(settings: Settings, edit: Edit) -> Edit:
+    """Return an edit whose values come from where jobs may read; a function is code, and is refused."""
+    if edit.op == "call" or callable(edit.value):
+        raise DeniedError(f"edit {shown(str(edit))} calls a function; this server runs no code that a request names.")
+    if not isinstance(edit.value, str) or is_prompt(edit):
+        return edit
+    return replace(edit, value=_inside_only(read_path(settings, edit.value, "edit", settings.texts), settings))
+
+
+def _switch(document: Mapping[str, Any], name: str) -> bool:
+    value = document.get(name, False)
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {shown(value)}; expected true or false.")
+    return value
+
+
+def _check_stored(settings: Settings, run: Path) -> None:
+    """Apply to a run that goes on what holds for a new one: its model must be allowed."""
+    try:
+        manifest = read_manifest(run)
+    except RunError:
+        return
+    _model(settings, manifest.model["name"], "model")
+
+
+def _inside_only(path: str, settings: Settings, folders: tuple[Path, ...] | None = None) -> str:
+    """Refuse a directory in which a link leads out of what may be read."""
+    allowed = (settings.root, *(settings.texts if folders is None else folders))
+    for folder, names, files in os.walk(path):
+        for name in (*names, *files):
+            item = Path(folder, name)
+            if item.is_symlink() and not any(item.resolve().is_relative_to(root) for root in allowed):
+                raise DeniedError(f"{shown(name)} in {Path(path).name} is a link that leads out of what may be read.")
+    return path
+
+
+def _only(document: Mapping[str, Any], known: list[str], kind: str) -> None:
+    for name in document:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise RequestError(
+                f"{shown(name)} is no setting of {kind}{f'; did you mean {near[0]!r}?' if near else '.'} Settings are "
+                f"{', '.join(known)}."
+            )

@@ -1,0 +1,218 @@
+"""What every request passes before anything else: Host, Origin, token, size, time; and what every answer carries."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+
+from headwater.service.settings import Settings, allowed_hosts
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+COOKIE = "headwater"
+OPEN_PATHS = frozenset({"/", "/login", "/health"})
+STREAMS = "/events"
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+)
+
+
+class Refused(Exception):
+    """A request that goes no further: a status and one sentence."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status, self.text = status, text
+
+
+class Guard:
+    """Wrap an ASGI application with the checks of this module."""
+
+    def __init__(self, app: App, settings: Settings) -> None:
+        self.app, self.settings, self.limits = app, settings, settings.limits
+        self._names = allowed_hosts(settings)
+        self._slow: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        answer = _Answer(send)
+        try:
+            headers = read_headers(scope)
+            self._check_host(headers)
+            self._check_origin(scope, headers)
+            self._check_token(scope, headers)
+            body = self._limited(scope, headers, receive, answer)
+            if scope["path"] == STREAMS:
+                await self.app(scope, body, answer)
+            else:
+                await self._in_time(scope, body, answer)
+        except Refused as refused:
+            await answer.refuse(refused)
+
+    async def _in_time(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """Answer within the time limit, or say that it was not possible; a thread that works on is left alone."""
+        task = asyncio.ensure_future(self.app(scope, receive, answer))
+        plans = scope["method"] == "POST" and scope["path"] in ("/plan", "/jobs")
+        seconds = self.limits.seconds + (self.limits.plan_seconds if plans else 0)
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if not task.done() and not answer.started:
+                self._slow.add(task)
+                task.add_done_callback(self._forget)
+                await answer.refuse(Refused(503, f"this took longer than {seconds:g} s. Ask for less."))
+                return
+            await task
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._slow.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    def _check_host(self, headers: dict[str, str]) -> None:
+        """Refuse names that are not this server's, which is how DNS rebinding shows."""
+        name = host_name(headers.get("host", ""))
+        if name in self._names:
+            return
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            address = None
+        if address is None or (self.settings.loopback and not address.is_loopback):
+            raise Refused(421, "this server does not answer to that Host; `serve --allow-host NAME` adds one.")
+
+    def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
+        """Refuse requests that another site's page makes."""
+        origin = headers.get("origin")
+        host = headers.get("host", "").lower()
+        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+            raise Refused(403, "requests from pages of another origin are refused.")
+        elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        if elsewhere and not (scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"):
+            raise Refused(403, "requests from pages of another site are refused.")
+
+    def _check_token(self, scope: Scope, headers: dict[str, str]) -> None:
+        token = self.settings.token
+        if token is None or scope["path"] in OPEN_PATHS or scope["path"].startswith("/page/"):
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and same(given.strip(), token):
+            return
+        if same(read_cookie(headers.get("cookie", "")), cookie_value(token)):
+            return
+        raise Refused(401, "a token is needed: send `Authorization: Bearer TOKEN`, or log in on the page.")
+
+    def _limited(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: _Answer) -> Receive:
+        """Count the bytes of a body as they come."""
+        upload = scope["method"] == "PUT" and scope["path"].startswith("/texts/")
+        limit = self.limits.text_bytes if upload else self.limits.body_bytes
+        too_large = Refused(413, f"the request is larger than the {limit:,} bytes that are taken here.")
+        if int(headers.get("content-length", "0") or 0) > limit:
+            raise too_large
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                await answer.refuse(too_large)  # the application may turn what is raised here into its own answer
+                raise too_large
+            return message
+
+        return counted
+
+
+class _Answer:
+    """Send an answer once, with the headers of every answer."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.started, self._refused = send, False, False
+
+    async def __call__(self, message: Message) -> None:
+        if self._refused:
+            return
+        if message["type"] == "http.response.start":
+            self.started = True
+            there = {name for name, _ in message["headers"]}
+            extra = [(name, value) for name, value in HEADERS if name not in there]
+            message = {**message, "headers": [*message["headers"], *extra]}
+        await self._send(message)
+
+    async def refuse(self, refused: Refused) -> None:
+        """Send a refusal, unless an answer is under way."""
+        if self.started:
+            return
+        body = json.dumps({"detail": refused.text}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        if refused.status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if refused.status == 413:
+            headers.append((b"connection", b"close"))
+        await self({"type": "http.response.start", "status": refused.status, "headers": headers})
+        await self({"type": "http.response.body", "body": body})
+        self._refused = True
+
+
+def read_headers(scope: Scope) -> dict[str, str]:
+    """Return the headers by lower-case name; refuse a name that decides something and stands there twice."""
+    found: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name = raw_name.decode("latin-1").lower()
+        if name in found and name in ("host", "origin", "authorization", "content-length"):
+            raise Refused(400, f"the header {name} stands there twice.")
+        found[name] = raw_value.decode("latin-1")
+    if not found.get("content-length", "0").isdecimal():
+        raise Refused(400, "the header content-length is no number.")
+    return found
+
+
+def host_name(header: str) -> str:
+    """Return the name in a Host header, without port and brackets."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.rpartition(":")[0].lower() if header.count(":") == 1 else header.lower()
+
+
+def same(a: str, b: str) -> bool:
+    """Compare secrets in a time that does not tell them."""
+    return hmac.compare_digest(a.encode(), b.encode())
+
+
+def cookie_value(token: str) -> str:
+    """Return what a browser keeps of a token."""
+    return hashlib.sha256(f"headwater page {token}".encode()).hexdigest()
+
+
+def read_cookie(header: str) -> str:
+    """Return the value of our cookie, "" without one."""
+    try:
+        morsel = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return ""
+    return "" if morsel is None else morsel.value

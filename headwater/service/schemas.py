@@ -1,0 +1,38 @@
+"""The forms of what requests carry, and of what they are answered where something is wrong."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Problem(BaseModel):
+    """What is wrong, in one paragraph."""
+
+    detail: str
+
+
+class Submission(BaseModel):
+    """A job: `kind` is a command, `document` its arguments as an object, or as the text of a run.toml."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Annotated[str, Field(max_length=50)] = "extract"
+    document: dict[str, Any] | str
+
+
+class Login(BaseModel):
+    """The token of the server."""
+
+    model_config = ConfigDict(extra="forbid")
+    token: Annotated[str, Field(max_length=1000)]
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+    for code, text in {
+        400: "a request that cannot be met", 401: "a token is needed", 403: "from another origin",
+        404: "not here", 409: "not computed yet", 413: "too large", 421: "another Host", 422: "cannot be read",
+        503: "took too long, or busy",
+    }.items()
+}  # fmt: skip

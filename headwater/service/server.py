@@ -1,0 +1,98 @@
+"""Start the server: one for a root, listening where it was told, ended by Ctrl-C."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from headwater.extractor.units import count, show_bytes
+from headwater.service.app import make_app
+from headwater.service.catalog import Catalog
+from headwater.service.executor import Executor
+from headwater.service.job_queue import JobQueue
+from headwater.service.settings import Settings
+
+CONNECTIONS = 2000
+
+
+def serve(settings: Settings) -> None:
+    """Serve until a signal ends it; raise ValueError where the root is served already or the port is taken."""
+    settings.state.mkdir(mode=0o700, exist_ok=True)
+    with _one_server(settings.state / "server.lock"), _listen(settings) as listener:
+        port = listener.getsockname()[1]
+        settings = Settings(**{**vars(settings), "port": port})
+        with closing(JobQueue(settings.state / "jobs.sqlite")) as jobs:
+            executor = Executor(settings, jobs, catalog := Catalog(settings))
+            config = uvicorn.Config(
+                make_app(settings, jobs, catalog, executor), log_level="warning", access_log=False, server_header=False,
+                proxy_headers=False, timeout_graceful_shutdown=1, timeout_keep_alive=30, lifespan="off",
+                limit_concurrency=CONNECTIONS, ws="none",
+            )  # fmt: skip
+            try:
+                _say(settings, executor.start())
+                _Server(config).run(sockets=[listener])
+            finally:
+                executor.close()
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves KeyboardInterrupt to whoever started it, and ends once."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _say(settings: Settings, resumed: int) -> None:
+    print(f"headwater: serving {settings.root} at {settings.url}", file=sys.stderr)
+    jobs = f"{count(settings.parallel, 'job')} at a time, {show_bytes(settings.memory)} of memory"
+    more = f"; going on with {count(resumed, 'job')} that the last server left" if resumed else ""
+    print(f"headwater: {jobs}{more}. Ctrl-C ends it; jobs go on at the next start.", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _one_server(path: Path) -> Iterator[None]:
+    """Hold the root's lock, which dies with the process."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{path.parent.parent} is served already, by process {os.pread(handle, 20, 0).decode()}. One root has "
+                "one server: use that one, or stop it."
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Return a listening socket; raise ValueError with what to do where there can be none."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(CONNECTIONS)
+        return listener
+    except OSError as error:
+        raise ValueError(
+            f"--host {settings.host} --port {settings.port} cannot be listened at: {error.strerror}. Choose another "
+            "--port (0 takes any free one)."
+        ) from error

@@ -1,0 +1,150 @@
+"""What a server was told when it started: its root, who may reach it, what jobs may read, and its limits."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwater.extractor.machine import available_memory
+
+STATE = ".headwater"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+TOKEN_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes and seconds that one request may take, and how many runs are listed."""
+
+    body_bytes: int = 1 << 20
+    text_bytes: int = 64 << 20
+    slice_bytes: int = 64 << 20
+    read_bytes: int = 1 << 30
+    seconds: float = 60.0
+    plan_seconds: float = 120.0
+    runs: int = 5000
+    queued: int = 1000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's settings. `models` and `texts` are the folders that jobs may read, beside the root and hub ids.
+
+    `memory` bounds the bytes that running jobs may need together by their plans; `parallel` how many run at once.
+    """
+
+    root: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = None
+    ray: str | None = None
+    models: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()
+    hosts: tuple[str, ...] = ()
+    memory: int = 0
+    parallel: int = 1
+    limits: Limits = Limits()
+
+    @property
+    def state(self) -> Path:
+        """The folder of the queue, its lock and the jobs' logs."""
+        return self.root / STATE
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return is_loopback(self.host)
+
+    @property
+    def url(self) -> str:
+        """The address to open on this machine."""
+        name = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
+        return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address to listen on is reached from this machine alone."""
+    try:
+        return host in LOOPBACK or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def make_settings(
+    root: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: str | None = None,
+    ray: str | None = None,
+    models: list[str] | None = None,
+    texts: list[str] | None = None,
+    hosts: list[str] | None = None,
+    memory: int | None = None,
+    parallel: int = 1,
+) -> Settings:
+    """Check what `headwater serve` was given; raise ValueError for what cannot be served."""
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"ROOT {root} is no directory; make it, or name the directory that holds your runs.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"ROOT {root} may not be written by you; the queue of jobs is kept there. Name another.")
+    if not isinstance(port, int) or not 0 <= port < 65536:
+        raise ValueError(f"--port is {port!r}; expected a number from 0 (any free one) to 65535.")
+    if not isinstance(parallel, int) or not 1 <= parallel <= 64:
+        raise ValueError(f"--parallel is {parallel!r}; expected a number from 1 to 64.")
+    if not is_loopback(host) and token_file is None:
+        raise ValueError(
+            f"--host {host} lets other machines connect, so a token is needed: give --token-file FILE (it is made "
+            "where there is none), or keep to 127.0.0.1 and use an SSH tunnel."
+        )
+    return Settings(
+        folder.resolve(), host, port, None if token_file is None else read_token(token_file), ray,
+        _folders("--models", models), _folders("--texts", texts), tuple(hosts or ()),
+        memory or int(0.8 * available_memory()), parallel,
+    )  # fmt: skip
+
+
+def read_token(file: str) -> str:
+    """Return the token in a file that only its owner may read; make file and token where there is none."""
+    path = Path(file).expanduser()
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise ValueError(f"--token-file {file} cannot be made: {error.strerror}. Name another place.") from error
+    else:
+        with os.fdopen(handle, "w") as made:
+            made.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        mode, token = path.stat().st_mode, path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--token-file {file} cannot be read: {error}.") from error
+    if mode & 0o077:
+        raise ValueError(f"--token-file {file} can be read by others (mode {mode & 0o777:o}). Run `chmod 600 {file}`.")
+    if len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(
+            f"--token-file {file} holds no token; expected one word of at least {TOKEN_LENGTH} ASCII characters. "
+            "Delete the file to have one made."
+        )
+    return token
+
+
+def allowed_hosts(settings: Settings) -> frozenset[str]:
+    """Return the names by which a browser may call the server; addresses are checked apart."""
+    names = {name.lower() for name in settings.hosts} | {"localhost"}
+    if not settings.loopback:
+        names |= {settings.host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()}
+    return frozenset(names)
+
+
+def _folders(flag: str, names: list[str] | None) -> tuple[Path, ...]:
+    found = tuple(Path(name).expanduser().resolve() for name in names or ())
+    for path in found:
+        if not path.is_dir():
+            raise ValueError(f"{flag} {path} is no directory; name one that jobs may read from.")
+    return found
