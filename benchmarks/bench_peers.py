@@ -59,7 +59,7 @@ class Workload:
 WORKLOADS = {
     "residual": Workload("residual", ("resid",), 1024, 4),
     "patterns": Workload("patterns", ("resid", "pattern"), 1024, 4),
-    "short": Workload("residual", ("resid",), 128, 64),
+    "short": Workload("residual", ("resid",), 128, 32),
     "statistics": Workload("only_statistics", STATISTICS, 1024, 4),
 }
 
