@@ -113,6 +113,7 @@ class Case:
         self.paced = process.peer is HEADWATER
         self.seconds: list[float] = []
         self.unsynced: list[float] = []
+        self.ratios: list[float] = []
         self.place = ""
         self.row: dict[str, Any] = {}
 
@@ -145,6 +146,21 @@ class Case:
                 raise PeerMissing(f"its values are wrong: {problem}")
         self.row |= {"values_checked": sum(v.size for v in values if v is not None)}
         self.row |= {"read_ms": round(1e3 * statistics.median(seconds), 3)}
+
+    def finish(self) -> dict[str, Any]:
+        """Return the row of this case."""
+        seconds, ratio = statistics.median(self.seconds), statistics.median(self.ratios)
+        return {
+            **self.row,
+            "case": self.process.peer.name,
+            "rounds": len(self.seconds),
+            "batch": self.work.n if self.paced else self.batch,
+            "tokens_per_second": round(self.work.n * self.work.seq_len / seconds, 1),
+            "x_plain": round(ratio, 3),
+            "spread": spread(self.ratios),
+            "x_plain_without_fsync": round(ratio * seconds / statistics.median(self.unsynced), 3),
+            "peak_MB": self.process.ask("peak")["bytes"] >> 20,
+        }
 
 
 def disk_bytes(folder: Path) -> int:
@@ -183,10 +199,12 @@ def start_all(
 
 
 def measure_workload(
-    name: str, processes: Sequence[PeerProcess], inputs: Inputs, work: Workload, rounds: int, folder: Path
+    name: str, processes: Sequence[PeerProcess], inputs: Inputs, work: Workload, rounds: tuple[int, int], folder: Path
 ) -> list[dict[str, Any]]:
-    """Warm up, check and time every process at one workload; return the rows."""
-    plain = Case(processes[0], work, inputs, folder / "plain", work.batch)
+    """Warm up, check and time every process at one workload; return the rows.
+
+    The first process is the plain forward. `rounds` are those of Headwater and those of its peers.
+    """
     cases: list[Case] = []
     rows: list[dict[str, Any]] = []
     for process in processes[1:]:
@@ -200,38 +218,21 @@ def measure_workload(
             cases.append(case)
         except PeerMissing as error:
             rows.append({"case": process.peer.name, "problem": str(error)})
-    ratios = {case.process.peer.name: list[float]() for case in cases}
+    plain = Case(processes[0], work, inputs, folder / "plain", work.batch)
     plain.batch = best_batch(plain)
-    for i in range(rounds):
+    for i in range(max(rounds)):
         before = plain.step()
         for case in cases:
-            if i and case.process.peer.slow:
+            if i >= (rounds[0] if case.paced else 1 if case.process.peer.slow else rounds[1]):
                 continue
             seconds = case.step()
             after = plain.step()
-            ratios[case.process.peer.name].append((before + after) / 2 / seconds)
+            case.ratios.append((before + after) / 2 / seconds)
             before = after
-    tokens = work.n * work.seq_len
-    rows.insert(0, {"case": "plain", "tokens_per_second": round(tokens / statistics.median(plain.seconds), 1),
-                    "batch": plain.batch, "x_plain": 1.0, "spread": spread(plain.seconds)})  # fmt: skip
     for case in cases:
-        found = ratios[case.process.peer.name]
-        rows.append(
-            {
-                "case": case.process.peer.name, "batch": case.batch if not case.paced else work.n,
-                "tokens_per_second": round(tokens / statistics.median(case.seconds), 1),
-                "x_plain": round(statistics.median(found), 3), "spread": spread(found),
-                "x_plain_without_fsync": round(statistics.median(found) * statistics.median(case.seconds)
-                                               / statistics.median(case.unsynced), 3),
-                **case.row,
-            }
-        )  # fmt: skip
         shutil.rmtree(case.out, ignore_errors=True)
-    for row in rows:
-        found_process = [p for p in processes if p.peer.name == row["case"] and p.process.poll() is None]
-        if found_process and not row.get("problem"):
-            row["peak_MB"] = found_process[0].ask("peak")["bytes"] >> 20
-    return rows
+    plain.ratios = [statistics.median(plain.seconds) / seconds for seconds in plain.seconds]
+    return [case.finish() for case in (plain, *cases)] + rows
 
 
 def best_batch(plain: Case) -> int:
@@ -252,11 +253,11 @@ def spread(values: Sequence[float]) -> float:
 
 
 def run(
-    workloads: dict[str, Workload], size: str, rounds: int, cache: Path, folder: Path,
+    workloads: dict[str, Workload], size: str, rounds: tuple[int, int], cache: Path, folder: Path,
     peers: Sequence[Peer] = PEERS, keep: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Measure workloads; return the rows of peers and those of the machine's limits."""
-    inputs = {name: prepare(work, size, rounds + 2, cache) for name, work in workloads.items()}
+    inputs = {name: prepare(work, size, rounds[0] + 2, cache) for name, work in workloads.items()}
     functions = sorted({"plain", *(work.function for work in workloads.values())})
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -268,7 +269,7 @@ def run(
             found += [{"case": peer, "problem": reason} for peer, reason in missing.items()]
             storage = {peer.name: peer.storage for peer in (PLAIN, *peers)}
             common = {"workload": name, "memory": "kept" if keep else "default", "model": size,
-                      "seq_len": work.seq_len, "sequences": work.n, "rounds": rounds}  # fmt: skip
+                      "seq_len": work.seq_len, "sequences": work.n}  # fmt: skip
             rows += [
                 common
                 | {"version": versions.get(row["case"], ""), "storage": storage[row["case"]]}
@@ -283,8 +284,8 @@ def run(
 
 
 COLUMNS = (
-    "case", "tokens_per_second", "x_plain", "spread", "x_plain_without_fsync", "batch", "peak_MB", "MB_on_disk",
-    "read_ms", "lines", "values_checked", "problem",
+    "case", "rounds", "tokens_per_second", "x_plain", "spread", "x_plain_without_fsync", "batch", "peak_MB",
+    "MB_on_disk", "read_ms", "lines", "values_checked", "problem",
 )  # fmt: skip
 
 
@@ -310,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer-rounds", type=int, help="fewer rounds for the peers (default: as many)")
     parser.add_argument("--peers", nargs="+", choices=[p.name for p in PEERS], default=[p.name for p in PEERS])
     parser.add_argument(
         "--keep-memory", action="store_true", help="let every process keep the memory it frees (MALLOC_)"
@@ -322,6 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args(arguments)
     cache = cache_folder(options.cache)
+    rounds = options.rounds, min(options.peer_rounds or options.rounds, options.rounds)
     chosen = [peer for peer in PEERS if peer.name in options.peers]
     workloads = {name: WORKLOADS[name] for name in options.workload}
     for peer in chosen:
@@ -334,7 +337,7 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(work, options.size, options.rounds + 2, cache)
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows, found = run(workloads, options.size, options.rounds, cache, Path(folder), chosen, options.keep_memory)
+        rows, found = run(workloads, options.size, rounds, cache, Path(folder), chosen, options.keep_memory)
     show(rows)
     for limit in found:
         print(f"{limit['limit']:28}{limit['rate']:>10} {limit['unit']}")

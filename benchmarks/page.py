@@ -146,7 +146,8 @@ def peer_table(rows: Sequence[Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     first = next(r for r in rows if r["case"] == "plain")
     batches = sorted({f"{r['memory']} memory {r['batch']}" for r in rows if r["case"] == "plain"})
-    note = f"{first['sequences']} sequences, {first['rounds']} rounds; ± is half the spread over rounds. "
+    rounds = [f"{r['case']} {r['rounds']}" for r in rows if r["memory"] == "default" and not r["problem"]]
+    note = f"{first['sequences']} sequences; rounds: {', '.join(rounds)}; ± is half the spread over rounds. "
     return note + f"The plain forward's best batch: {', '.join(batches)}.\n\n" + "\n".join(lines)
 
 
