@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, help="of 1024 tokens, or as many tokens in shorter ones (default 4)")
     parser.add_argument("--peer-rounds", type=int, help="fewer rounds for the peers (default: as many)")
     parser.add_argument("--peers", nargs="+", choices=[p.name for p in PEERS], default=[p.name for p in PEERS])
     parser.add_argument(
@@ -327,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     rounds = options.rounds, min(options.peer_rounds or options.rounds, options.rounds)
     chosen = [peer for peer in PEERS if peer.name in options.peers]
     workloads = {name: WORKLOADS[name] for name in options.workload}
+    if options.sequences is not None:
+        workloads = {n: replace(w, n=options.sequences * 1024 // w.seq_len) for n, w in workloads.items()}
     for peer in chosen:
         try:
             python_of(peer, cache)
