@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,35 +253,32 @@ def spread(values: Sequence[float]) -> float:
     return round((max(values) - min(values)) / statistics.median(values), 3)
 
 
-def run(
+def iter_tables(
     workloads: dict[str, Workload], size: str, rounds: tuple[int, int], cache: Path, folder: Path,
     peers: Sequence[Peer] = PEERS, keep: bool = False,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
-    """Measure workloads; return the rows of peers and those of the machine's limits."""
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:  # fmt: skip
+    """Measure one workload after another, then the machine; yield ("peers", rows) for each, then ("limits", rows)."""
     inputs = {name: prepare(work, size, rounds[0] + 2, cache) for name, work in workloads.items()}
     functions = sorted({"plain", *(work.function for work in workloads.values())})
-    rows: list[dict[str, Any]] = []
+    memory = "kept" if keep else "default"
     with ExitStack() as stack:
         model = next(iter(inputs.values())).model
         processes, missing = start_all((PLAIN, *peers), model, functions, cache, folder, keep, stack)
         versions = {p.peer.name: version_of(p.peer, python_of(p.peer, cache)) for p in processes}
+        storage = {peer.name: peer.storage for peer in (PLAIN, *peers)}
         for name, work in workloads.items():
-            found = measure_workload(name, processes, inputs[name], work, rounds, folder)
-            found += [{"case": peer, "problem": reason} for peer, reason in missing.items()]
-            storage = {peer.name: peer.storage for peer in (PLAIN, *peers)}
-            common = {"workload": name, "memory": "kept" if keep else "default", "model": size,
-                      "seq_len": work.seq_len, "sequences": work.n}  # fmt: skip
-            rows += [
+            rows = measure_workload(name, processes, inputs[name], work, rounds, folder)
+            rows += [{"case": peer, "problem": reason} for peer, reason in missing.items()]
+            common = {"workload": name, "memory": memory, "model": size, "seq_len": work.seq_len,
+                      "sequences": work.n, "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+            yield "peers", [
                 common
                 | {"version": versions.get(row["case"], ""), "storage": storage[row["case"]]}
                 | dict.fromkeys(COLUMNS, "")
                 | row
-                for row in found
+                for row in rows
             ]
-    machine_limits = [
-        {"workload": "+".join(workloads), "memory": "kept" if keep else "default", **limit} for limit in limits(folder)
-    ]
-    return rows, machine_limits
+    yield "limits", [{"workload": "+".join(workloads), "memory": memory, **limit} for limit in limits(folder)]
 
 
 COLUMNS = (
@@ -303,6 +301,13 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['case']:16}{row['tokens_per_second']:>10}{row['x_plain']:>9}{row['x_plain_without_fsync']:>10}"
             f"{row['peak_MB']:>9}{row['MB_on_disk']:>9}{row['read_ms']:>9}{row['lines']:>7}"
         )
+
+
+def show_limits(rows: list[dict[str, Any]]) -> None:
+    """Print what the machine can do."""
+    print()
+    for row in rows:
+        print(f"{row['limit']:28}{row['rate']:>10} {row['unit']}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -340,13 +345,11 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(work, options.size, options.rounds + 2, cache)
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows, found = run(workloads, options.size, rounds, cache, Path(folder), chosen, options.keep_memory)
-    show(rows)
-    for limit in found:
-        print(f"{limit['limit']:28}{limit['rate']:>10} {limit['unit']}")
-    if options.save:
-        print(write_csv("peers", rows, keys=("workload", "memory", "model")))
-        print(write_csv("limits", found, keys=("workload", "memory")))
+        tables = iter_tables(workloads, options.size, rounds, cache, Path(folder), chosen, options.keep_memory)
+        for table, rows in tables:
+            show(rows) if table == "peers" else show_limits(rows)
+            if options.save:
+                print(write_csv(table, rows, keys=("workload", "memory")), flush=True)
     return 0
 
 

@@ -51,7 +51,9 @@ def test_every_workload_is_checked_and_timed(cache, tmp_path, liar, monkeypatch)
     works = {name: bench_peers.Workload(w.function, w.sites, 64, 2) for name, w in bench_peers.WORKLOADS.items()}
     absent = environments.Peer("absent", "use_nnsight.py", "nothing", ("no-such-package",))
     monkeypatch.setattr(bench_peers, "version_of", lambda peer, python: "1")
-    rows, found = bench_peers.run(works, "tiny", (1, 1), cache, tmp_path, [*HERE, liar, absent], keep=True)
+    tables = list(bench_peers.iter_tables(works, "tiny", (1, 1), cache, tmp_path, [*HERE, liar, absent], keep=True))
+    assert [name for name, _ in tables] == ["peers"] * len(works) + ["limits"]
+    rows, found = [row for name, part in tables if name == "peers" for row in part], tables[-1][1]
     for row in rows:
         if row["case"] == "liar":
             assert ("values are wrong" if row["workload"] in ("residual", "short") else "not capture") in row["problem"]
