@@ -18,7 +18,7 @@ DRIVERS = Path(__file__).resolve().parent / "peers"
 class Peer:
     """A way to capture: its driver, what pip must install for it (nothing: it runs in this environment), its storage.
 
-    `slow` peers are timed in one round only.
+    `slow` peers are timed in one round only, without one to warm up.
     """
 
     name: str
