@@ -28,8 +28,9 @@ def test_page_shows_goals_losses_and_what_was_not_measured(tmp_path):
     measure.write_csv("store", [{"case": "headwater", "write_x": 1}], tmp_path)
     made = page.make_page(tmp_path, page.newest(tmp_path))
     text = made["performance.md"]
-    assert "patterns, memory default | ≥ 1.1 × plain | 1.2 | met" in text
-    assert "≥ 1.7 × the best peer (other) | 1.71 | met" in text
+    assert "| patterns | ≥ 1.1 × plain | 1.2 | met" in text
+    assert "≥ 1.7 × the best peer (other), memory kept | 1.71 | met" in text
+    assert "| short | ≥ 1.1 × plain | not measured yet" in text
     behind = text.split("## Where Headwater is behind")[1].split("##")[0]
     assert behind.count("rival has read_ms 0.3, Headwater 0.5") == 2 and "other" not in behind
     assert "not measured: pip cannot install it" in text and "## Stores" in text
