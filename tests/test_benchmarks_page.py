@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,11 @@ def test_results_of_parts_of_a_table_are_merged(tmp_path):
     for workload, ratio in (("a", 1), ("b", 2), ("a", 3)):
         path = measure.write_csv("x", [{"workload": workload, "r": ratio}], tmp_path, keys=("workload",))
     assert [line.split(",")[-2:] for line in path.read_text().splitlines()[1:]] == [["b", "2"], ["a", "3"]]
+
+
+def test_torch_loads_after_idle_threads_are_settled():
+    code = "import sys, headwater.benchmarks.__main__; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 SCRIPT = """
