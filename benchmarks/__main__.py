@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from headwater.benchmarks import base
+from headwater.benchmarks import base, page
 from headwater.benchmarks.registry import BENCHMARKS, TESTS, load
 from headwater.cli import settle_threads
 
@@ -15,8 +15,6 @@ from headwater.cli import settle_threads
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names with the others."""
     if arguments[:1] == ["page"]:
-        from headwater.benchmarks import page  # it loads torch, which must come after settle_threads
-
         return page.main(arguments[1:])
     if not arguments or arguments[0] not in BENCHMARKS:
         print("usage: python -m headwater.benchmarks NAME [--help] [--base REF]\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from headwater.benchmarks.registry import RESULTS
 
 
 def interleave(cases: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headwater.benchmarks.bars import bars
-from headwater.benchmarks.measure import RESULTS
+from headwater.benchmarks.registry import RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 Row = Mapping[str, str]
@@ -26,14 +26,14 @@ SECTIONS = ("peers", "limits", "survive", "store")
 HEAD = """# Performance
 
 Made by `python -m headwater.benchmarks page` from {sources} in
-[benchmarks/results](../benchmarks/results). Measured on {machine}.
+[benchmarks/results](../benchmarks/results). {machine}
 
 Every figure is end to end: from token ids to files on disk, fsync included, model loading left out. Ratios are to
 transformers' plain SDPA forward of the same ids, which captures and stores nothing, run before and after each capture
 in the same minutes; 1.0 means that capturing and storing cost nothing. All models are random GPT-2 small in float32;
 states and patterns are stored as float16, statistics as float32. What each peer stored was read back and compared with
 float64 first, |a − b| ≤ 1e-4 + 1e-3 · |b|. `python -m headwater.benchmarks peers` repeats it in an environment for each
-peer, which it makes; [the drivers](../benchmarks/peers) are what was run.
+peer, which it makes; [the drivers](../benchmarks/peers) are what was run. What is not here was not measured yet.
 """
 
 
@@ -67,10 +67,13 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
             tables[name.rsplit("-", 3)[0]] = list(csv.DictReader(file))
     machines = sorted({f"{r['processor']}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
                        for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
-    sources = ", ".join(f"`{name}`" for name in names)
-    parts, files = [HEAD.format(sources=sources, machine="; ".join(machines))], {}
-    if peers := tables.pop("peers", []):
-        parts += [goals(peers), behind(peers)]
+    sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
+    machine = f"Measured on {'; '.join(machines)}." if machines else ""
+    parts, files = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")], dict[str, str]()
+    peers = tables.pop("peers", [])
+    parts.append(goals(peers))
+    if peers:
+        parts.append(behind(peers))
         for workload, title in WORKLOADS.items():
             if rows := [row for row in peers if row["workload"] == workload]:
                 files[f"performance/{workload}.svg"] = plot(title, rows)

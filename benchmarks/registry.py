@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
+RESULTS = Path(__file__).resolve().parent / "results"
 BENCHMARKS = {
     "extract": ("bench_extract", "extraction to disk against forward passes that capture nothing"),
     "inverted": ("train_inverted_heads", "toy models whose two heads must rank tokens in opposite orders"),

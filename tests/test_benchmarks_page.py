@@ -38,6 +38,13 @@ def test_page_shows_goals_losses_and_what_was_not_measured(tmp_path):
     assert made["performance/patterns.svg"].count("<rect") == 7
 
 
+def test_committed_page_is_what_its_results_make():
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    names = re.findall(r"`([\w-]+\.csv)`", text.split("in\n[benchmarks")[0])
+    for name, expected in page.make_page(measure.RESULTS, names).items():
+        assert (ROOT / "docs" / name).read_text("utf-8") == expected, f"{name}: run python -m headwater.benchmarks page"
+
+
 def test_results_of_parts_of_a_table_are_merged(tmp_path):
     for workload, ratio in (("a", 1), ("b", 2), ("a", 3)):
         path = measure.write_csv("x", [{"workload": workload, "r": ratio}], tmp_path, keys=("workload",))
