@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -250,6 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks kernels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--static", action="store_true", help="no GPU: compile, count bytes, model the time")
+    parser.add_argument("--out", type=Path, help="with --static: every head size and type, into this CSV (slow)")
     parser.add_argument("--retune", action="store_true", help="time the candidates of this GPU, rewrite the table")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to test this program (default: cuda)")
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(SHAPES))
@@ -261,10 +263,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write the lines to benchmarks/results")
     options = parser.parse_args(arguments)
     if options.static:
-        from headwater.benchmarks.kernels_static import faults, make_table, write_page
+        from headwater.benchmarks.kernels_static import every_row, faults, make_table, write_page
 
-        lines = make_table()
-        write_page(lines)
+        lines = make_table(options.out, list(every_row())) if options.out else make_table()
+        if not options.out:
+            write_page(lines)
         broken = faults(lines)
         print("\n".join(broken), file=sys.stderr)
         return int(bool(broken))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from headwater.benchmarks.kernels_static import minimum
+from headwater.benchmarks.kernels_static import NEEDS_POINTERS, SQUARE, minimum
 from headwater.kernels.attention_pattern import plan_pattern
 from headwater.kernels.attention_statistics import plan_statistics
 from headwater.kernels.column_mass import plan_column_mass
@@ -81,9 +82,10 @@ def _sectors(pointers, mask) -> np.ndarray:
 
 
 def make_launch(kernel: str, arch: str, d_head: int, dtype: torch.dtype, square: bool = False,
-                n_positions: int = N_POSITIONS) -> Launch:
+                n_positions: int = N_POSITIONS, pointers: bool = False) -> Launch:
     """Prepare a launch of GPT-2's layout on real tensors; `d_head` is d_model in the residual kernel."""
     config = lookup(kernel, arch, d_head, 32 if dtype == torch.float32 else 16)
+    config = replace(config, tma=config.tma and not pointers)
     make = torch.Generator().manual_seed(0)
     if kernel == "residual":
         x, delta, previous, w, b = (torch.randn(n, d_head, generator=make).to(dtype)
@@ -118,7 +120,8 @@ def main() -> int:
 
     for line in sys.stdin:
         kernel, arch, d_head, dtype, variant = json.loads(line)
-        launch = make_launch(kernel, arch, d_head, getattr(torch, dtype), variant == "square, not tiles")
+        launch = make_launch(kernel, arch, d_head, getattr(torch, dtype), variant == SQUARE,
+                             pointers=variant in NEEDS_POINTERS)
         if variant in VARIANTS.get(kernel, {}):
             launch = vary(launch, kernel, variant)
         with np.errstate(all="ignore"):

@@ -27,6 +27,7 @@ N_SEQUENCES, N_POSITIONS, N_HEAD = 16, 1024, 12
 SQUARE = "square, not tiles"
 VARIED = {"pattern": ("a mask in every block", "z first, P afterwards", "addresses by remainder", SQUARE),
           "statistics": ("a mask in every block", "every statistic elementwise")}
+NEEDS_POINTERS = ("addresses by remainder",)
 PRODUCTS = {"pattern": (3, 0), "statistics": (2, 16), "flash": (2, 0), "column": (1, 0)}
 
 
@@ -68,15 +69,23 @@ class Row:
 
 
 def static_rows() -> Iterator[Row]:
-    """Yield 16-bit heads of 64 on every device, with naive variants, and more of sm_90."""
+    """Yield 16-bit heads of 64 on every device, with naive variants; of sm_100 the pattern and the statistics."""
     for arch in DEVICES:
-        for kernel in PRODUCTS:
+        for kernel in PRODUCTS if arch != "sm_100" else ("pattern", "statistics"):
             yield Row(kernel, arch, 64, "float16")
             if arch != "sm_100":
                 yield from (Row(kernel, arch, 64, "float16", name) for name in VARIED.get(kernel, ()))
-            if arch == "sm_90":
-                yield from (Row(kernel, arch, d_head, dtype) for d_head, dtype in ((128, "float16"), (64, "float32")))
-        yield Row("residual", arch, 768, "float16")
+        if arch != "sm_100":
+            yield Row("residual", arch, 768, "float16")
+
+
+def every_row() -> Iterator[Row]:
+    """Yield every head size and type of the launch table on every device, without variants."""
+    for arch in DEVICES:
+        for kernel in PRODUCTS:
+            for dtype in ("float16", "bfloat16", "float32"):
+                yield from (Row(kernel, arch, d_head, dtype) for d_head in (64, 128, 256))
+        yield from (Row("residual", arch, d_model, "float16") for d_model in (768, 1024, 1280, 1600))
 
 
 def count_all(rows: list[Row]) -> list[dict[str, int]]:
@@ -109,7 +118,7 @@ def look_at(row: Row, moved: dict[str, int]) -> dict[str, Any]:
 
     dtype = getattr(torch, row.dtype)
     config = lookup(row.kernel, row.arch, row.d_head, 32 if dtype == torch.float32 else 16)
-    if row.variant == "addresses by remainder":
+    if row.variant in NEEDS_POINTERS:
         config = replace(config, tma=False)
     case = Case(row.kernel, row.arch, row.d_head, dtype, config, square=row.variant == SQUARE)
     launch = plan(case, N_POSITIONS)

@@ -56,11 +56,11 @@ def tile_instructions(kernel: str, text: str) -> Counter[str] | None:
     """Return the instructions of one warp for one tile of scores that needs no mask, or None where loops are not found.
 
     The pattern kernel passes a tile twice: its loops are full, masked, full, masked; statistics are full, masked; the
-    column kernel is masked, full.
+    column kernel is masked, full. A variant without full loops has half as many.
     """
     loops = product_loops(text)
-    if len(loops) != (4 if kernel == "pattern" else 2):
-        return None
     if kernel == "pattern":
-        return loops[0] + loops[2]
-    return loops[1 if kernel == "column" else 0]
+        return loops[0] + loops[len(loops) // 2] if len(loops) in (2, 4) else None
+    if len(loops) not in (1, 2):
+        return None
+    return loops[-1 if kernel == "column" else 0]

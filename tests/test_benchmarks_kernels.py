@@ -1,13 +1,14 @@
 """The benchmark of the kernels without a GPU: its program on CPU tensors, the code reader, the table's writer."""
 
+import csv
 import shutil
 
 import pytest
 import torch
 
-from headwater.benchmarks import bench_kernels, retune
+from headwater.benchmarks import bench_kernels, kernels_static, retune
 from headwater.benchmarks.sass import pipe_of, product_loops, tile_instructions
-from headwater.kernels.launch import Config, parse
+from headwater.kernels.launch import Config, lookup, parse
 
 TINY = ["--device", "cpu", "--models", "small", "--lengths", "32,40", "--tokens", "64", "--rounds", "1", "--dtype"]
 CODE = """
@@ -32,7 +33,7 @@ def test_inner_loops_are_found_in_the_code():
     first, second = product_loops(CODE)
     assert first == {"tensor": 1, "xu": 1, "control": 2} and second == {"tensor": 1, "fma": 1, "alu": 1, "control": 1}
     assert tile_instructions("statistics", CODE) == first and tile_instructions("column", CODE) == second
-    assert tile_instructions("pattern", CODE) is None
+    assert tile_instructions("pattern", CODE) == first + second and tile_instructions("pattern", "") is None
     assert [pipe_of(name) for name in ("UIADD3", "UTCHMMA", "UTMASTG", "FMNMX", "STS", "FFMA2")] == [
         "uniform", "tensor", "global", "alu", "shared", "fma"]
 
@@ -100,3 +101,18 @@ def test_the_fastest_candidate_that_runs_is_picked():
     assert retune.pick("pattern", 64, torch.float16, list(speeds), timer) == Config(64, 32, 4, 2)
     with pytest.raises(RuntimeError, match="no candidate of pattern"):
         retune.pick("pattern", 64, torch.float16, [Config(32, 32, 4, 2)], timer)
+
+
+def test_committed_static_results_are_of_this_table_and_in_budget():
+    with kernels_static.RESULTS.open() as file:
+        lines = list(csv.DictReader(file))
+    rows = list(kernels_static.static_rows())
+    assert len(lines) == len(rows) and kernels_static.render(lines) in kernels_static.PAGE.read_text("utf-8")
+    for line, row in zip(lines, rows, strict=True):
+        assert (line["kernel"], line["arch"], line["d_head"], line["dtype"], line["variant"]) == (
+            row.kernel, row.arch, str(row.d_head), row.dtype, row.variant)
+        config = lookup(row.kernel, row.arch, row.d_head, 32 if row.dtype == "float32" else 16)
+        assert line["block"] == (f"{config.block_m}x{config.block_n}" if config.block_n else str(config.block_m))
+    assert kernels_static.faults([line | {"bytes_ratio": float(line["bytes_ratio"]), **{
+        name: float(line[name]) for name in ("occupancy", "model_us")}, "registers": int(line["registers"]),
+        "spills": int(line["spills"])} for line in lines]) == []
