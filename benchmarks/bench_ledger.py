@@ -11,13 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from headwater.benchmarks.measure import peak_bytes, write_csv
 from headwater.extractor.config import RunConfig
 from headwater.extractor.plan import geometry, make_plan
 from headwater.extractor.weights import ModelConfig
 from headwater.store.entry import Entry
 from headwater.store.ledger import COMPACT_AT, Ledger
-from headwater.store.segments import Segments
+from headwater.store.segments import Segments, table_of
 
 FINGERPRINT = "f" * 64
 WORKERS = 64
@@ -26,10 +28,17 @@ SITES = ("attn_entropy", "attn_max", "attn_sink", "attn_received", "resid_norm",
 
 
 def fill(run: Path, n: int, per_segment: int = COMPACT_AT) -> None:
-    """Write a ledger of `n` entries, as blocks of a statistics run of GPT-2 small have them, in segments."""
+    """Write a ledger of `n` entries, as blocks of a statistics run of GPT-2 small have them, in segments.
+
+    Segments differ in the numbers of their blocks alone, to be made quickly.
+    """
     segments = Segments(run, FINGERPRINT)
+    table = table_of((_entry(block), False) for block in range(per_segment))
     for first in range(0, n, per_segment):
-        segments.write((_entry(block), False) for block in range(first, min(first + per_segment, n)))
+        part, blocks = table.slice(0, n - first), np.arange(first, min(first + per_segment, n))
+        for name, values in (("block", blocks), ("first", blocks * 16), ("last", blocks * 16 + 16)):
+            part = part.set_column(part.schema.get_field_index(name), name, [values])
+        segments.add(part)
 
 
 def _entry(block: int) -> Entry:

@@ -94,22 +94,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks workers", description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=16, help="of some 2,000 tokens, for the compute-bound job")
-    parser.add_argument("--tiny-blocks", type=int, default=10_000, help="blocks of 16 tokens, for the cost of a block")
+    parser.add_argument("--blocks", type=int, default=16, help="of some 2,000 tokens, for the compute-bound job, or 0")
+    parser.add_argument("--tiny-blocks", type=int, default=10_000, help="of 16 tokens, for the cost of a block, or 0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", help="where to write the runs (default: a temporary folder)")
     parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args(arguments)
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = compute_bound(options.size, options.seq_len, options.blocks, options.rounds, Path(folder))
-        rows.append(tiny_blocks(options.tiny_blocks, Path(folder)))
+        rows = []
+        if options.blocks:
+            rows += compute_bound(options.size, options.seq_len, options.blocks, options.rounds, Path(folder))
+        if options.tiny_blocks:
+            rows.append(tiny_blocks(options.tiny_blocks, Path(folder)))
     print("".join(f"{name:>18}" for name in COLUMNS))
     for row in rows:
         print("".join(f"{row[name]:>18}" for name in COLUMNS))
     print(f"{os.cpu_count()} cores; load before the start {load_before:.1f}")
     if options.save:
-        print(write_csv("workers", [{"load_before": round(load_before, 2)} | row for row in rows]))
+        name = "workers" if options.blocks else "tiny-blocks"
+        print(write_csv(name, [{"load_before": round(load_before, 2)} | row for row in rows]))
     return 0
 
 

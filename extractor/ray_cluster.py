@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from headwater.store.scratch import scratch_folder
 
 JOIN_SECONDS = 20
+START_ATTEMPTS = 3
 STORE_BYTES = 80 << 20
 OWN_FOLDERS = Path("/tmp")  # not TMPDIR: the names of Ray's sockets must stay short
 OWN_VARIABLES = {  # Ray asks clouds' metadata servers where it is, even with statistics off: send it nowhere
@@ -84,9 +85,10 @@ def _start(ray: Any, address: str | None, n_workers: int, n_gpus: int | None, st
         stack.callback(ray.shutdown)  # before the folder goes
         stack.enter_context(_loopback())
         with _variables(OWN_VARIABLES):
-            ray.init(num_cpus=n_workers, num_gpus=n_gpus, include_dashboard=False, object_store_memory=STORE_BYTES,
-                     _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS,
-                     **quiet)  # fmt: skip
+            _patiently(lambda: ray.init(
+                num_cpus=n_workers, num_gpus=n_gpus, include_dashboard=False, object_store_memory=STORE_BYTES,
+                _node_ip_address="127.0.0.1", _temp_dir=str(folder), _system_config=OWN_SETTINGS, **quiet,
+            ))  # fmt: skip
         return
     stack.callback(ray.shutdown)
     host, _, port = address.rpartition(":")
@@ -99,6 +101,20 @@ def _start(ray: Any, address: str | None, n_workers: int, n_gpus: int | None, st
             f"--ray {address}: no Ray cluster can be joined there ({last_line(error)}). Start one with `ray start "
             "--head`, or use --workers alone."
         ) from error
+
+
+def _patiently(start: Callable[[], object]) -> None:
+    """Start Ray; again where it gave itself up after its 30 seconds, which a busy machine can take."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            start()
+            return
+        except Exception as error:  # of no class of its own
+            if "timed out during startup" not in str(error):
+                raise
+            if attempt == START_ATTEMPTS - 1:
+                text = f"Ray did not start ({last_line(error)}). End other programs, or use --workers 0."
+                raise WorkersLost(text) from error
 
 
 @contextmanager

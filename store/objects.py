@@ -215,10 +215,11 @@ class ObjectPath:
     resolve = absolute
 
     def zarr_store(self, read_only: bool = True) -> Any:
-        """Return the prefix as a store for zarr and xarray."""
-        from zarr.storage import ObjectStore
+        """Return the prefix as a store for zarr and xarray; one client serves all prefixes of a run."""
+        from zarr.storage import ObjectStore, StorePath
 
-        return ObjectStore(_store(str(self)), read_only=read_only)
+        store: Any = ObjectStore(_store(self.root), read_only=read_only)
+        return StorePath(store, self.key) if self.key else store
 
 
 class _Reader(io.RawIOBase):

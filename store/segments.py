@@ -65,7 +65,15 @@ class Segments:
 
     def write(self, rows: Iterable[tuple[Entry, bool]]) -> str:
         """Write entries, each with whether it takes its block out, as a new segment; return its name."""
-        data = _encode(rows)
+        return self.add(table_of(rows))
+
+    def add(self, table: Any) -> str:
+        """Write a table of entries as a new segment; return its name."""
+        import pyarrow.parquet
+
+        sink = io.BytesIO()
+        pyarrow.parquet.write_table(table, sink, compression="zstd")
+        data = sink.getvalue()
         number = max((_parse(name) or 0 for name in self.names()), default=0) + 1
         name = f"{number:08d}.{int(google_crc32c.value(data)):08x}.parquet"
         write_whole(self._run, f"{FOLDER}/{name}", data)
@@ -88,9 +96,9 @@ class Segments:
             raise LedgerError(f"ledger segment {name} cannot be read ({error}). {ADVICE}") from error
 
 
-def _encode(rows: Iterable[tuple[Entry, bool]]) -> bytes:
+def table_of(rows: Iterable[tuple[Entry, bool]]) -> Any:
+    """Return entries, each with whether it takes its block out, as a table in the order of blocks."""
     import pyarrow
-    import pyarrow.parquet
 
     schema = _schema()
     columns: dict[str, list[Any]] = {name: [] for name in schema.names}
@@ -104,10 +112,7 @@ def _encode(rows: Iterable[tuple[Entry, bool]]) -> bytes:
         columns["seconds"].append(list(entry.seconds.items()))
         columns["files"].append([{"path": p, "bytes": size, "sum": crc} for p, (size, crc) in entry.files.items()])
     (fingerprint,) = fingerprints
-    table = pyarrow.table(columns, schema.with_metadata({"fingerprint": fingerprint}))
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return pyarrow.table(columns, schema.with_metadata({"fingerprint": fingerprint}))
 
 
 @cache

@@ -40,14 +40,16 @@ def test_folders_import_only_what_they_may(folder):
             assert parts[0] not in FORBIDDEN.get(folder, set()), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_ray_is_imported_in_one_module():
+@pytest.mark.parametrize(("package", "home"), [("ray", "extractor/ray_cluster.py"), ("obstore", "store/objects.py"),
+                                               ("boto3", None)])
+def test_an_optional_package_is_imported_in_one_module(package, home):
     found = {
         str(path.relative_to(ROOT))
         for folder in (*ALLOWED, "headwater")
         for path in (ROOT / folder).glob("*.py")
-        if any(name.split(".")[0] == "ray" for name in imports(path))
+        if any(name.split(".")[0] == package for name in imports(path))
     }
-    assert found <= {"extractor/ray_cluster.py"}
+    assert found <= {home}
 
 
 def test_folders_have_no_init():

@@ -174,9 +174,8 @@ def test_large_shards_go_in_parts(s3, made, monkeypatch):
 
 
 @pytest.mark.parametrize("rules", [{}, {"no_conditions": True}])
-def test_an_entry_is_created_once_even_where_its_answer_is_lost(s3, made, rules, monkeypatch):
+def test_an_entry_is_created_once_even_where_its_answer_is_lost(s3, made, rules):
     config, _ = made
-    monkeypatch.setattr(objects.time, "sleep", lambda seconds: None)
     run = headwater.extract(replace(config, out="s3://bucket/once"))
     (entry, *_), ledger = run.ledger.entries(), run.ledger
     s3.set(**rules, only="PUT .*ledger", drop_answer=1, most=1)

@@ -11,7 +11,7 @@ import pytest
 
 import headwater
 from headwater.benchmarks import faults
-from headwater.benchmarks.bench_ledger import fill, measure
+from headwater.benchmarks.bench_ledger import fill, measure, measure_plan
 from headwater.store.ledger import Entry, Ledger, LedgerError
 from headwater.store.segments import FOLDER
 from headwater.store.verify import repair, verify
@@ -167,3 +167,9 @@ def test_the_cost_of_a_ledger_grows_with_its_length(tmp_path):
     assert large["entries"] == 10_000 and large["open_seconds"] < 30 * small["open_seconds"] + 0.5
     assert large["memory_bytes"] < 10_000 * 1_000 + (64 << 20)
     assert os.path.exists(tmp_path / "large" / FOLDER)
+
+
+def test_a_million_blocks_are_planned_in_little_memory():
+    few, many = measure_plan(1_000), measure_plan(1_000_000)
+    assert many["entries"] == 1_000_000 and many["missing"] == 500_000 and many["memory_bytes"] < 500e6
+    assert many["plan_bytes"] > 900 * few["plan_bytes"]
