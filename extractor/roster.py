@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 
 from headwater.extractor.units import count
@@ -18,6 +20,7 @@ class Roster:
         self._done: dict[str, tuple[int, float]] = {}
         self._block_seconds = 0.0
         self._n_blocks = 0
+        self._phases: Counter[str] = Counter()
         self.n_retries = 0
         self.n_lost = 0
         self.n_refused = 0
@@ -29,6 +32,7 @@ class Roster:
         self._done[entry.worker] = tokens + entry.n_tokens, before + seconds
         self._block_seconds += seconds
         self._n_blocks += 1
+        self._phases.update(entry.seconds)
 
     def rates(self, workers: Sequence[str]) -> list[float]:
         """Return the tokens per second of workers that have finished a block, the slowest first."""
@@ -49,6 +53,8 @@ class Roster:
             parts.append(f"{self.n_refused} could not start")
         if self.n_retries:
             parts.append(f"{self.n_retries} tried again")
+        if self._phases:
+            parts.append(f"mostly {max(sorted(self._phases), key=lambda phase: self._phases[phase])}")
         if slow := self._slowest(running):
             parts.append(slow)
         return ", ".join(parts)
@@ -65,6 +71,17 @@ class Roster:
 def busy_seconds(entry: Entry) -> float:
     """Return how long a worker was at a block: computing, then waiting for its disk."""
     return entry.seconds.get("compute", 0.0) + entry.seconds.get("finish", 0.0)
+
+
+def straggler(entries: Sequence[Entry]) -> dict[str, int | float | str] | None:
+    """Name the block that took longest, if it took several times as long as the median one."""
+    if not entries:
+        return None
+    usual, slowest = statistics.median(map(busy_seconds, entries)), max(entries, key=busy_seconds)
+    if busy_seconds(slowest) <= SLOW_FACTOR * max(usual, 1e-9):
+        return None
+    seconds, times = busy_seconds(slowest), busy_seconds(slowest) / max(usual, 1e-9)
+    return {"block": slowest.block, "worker": slowest.worker, "seconds": round(seconds, 3), "times": round(times, 1)}
 
 
 def by_worker(entries: Sequence[Entry]) -> dict[str, dict[str, int | float | str]]:

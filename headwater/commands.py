@@ -111,7 +111,7 @@ def _kept(config: RunConfig) -> str:
 def run_status(options: Any) -> int:
     """Print how much of a run is done, and where its time went."""
     from headwater.extractor.limits import bottleneck
-    from headwater.extractor.roster import by_worker
+    from headwater.extractor.roster import by_worker, straggler
     from headwater.store.reader import open_run
 
     run = open_run(options.run)
@@ -131,6 +131,7 @@ def run_status(options: Any) -> int:
             "n_sequences": run.manifest.n_sequences, "complete": sum(e.last - e.first for e in entries),
             "n_tokens": n_tokens, "n_bytes": n_bytes, "seconds": {k: round(v, 3) for k, v in seconds.items()},
             "bottleneck": bottleneck(seconds)[0] if entries else None, "casts": casts, "workers": by_worker(entries),
+            "retried": sum(e.attempt > 1 for e in entries), "straggler": straggler(entries),
         })  # fmt: skip
         return DONE
     state = "done" if len(entries) == n_blocks else f"go on with `headwater extract --out {options.run}`"
@@ -139,6 +140,11 @@ def run_status(options: Any) -> int:
         print("seconds  " + ", ".join(f"{k} {v:.1f}" for k, v in seconds.items()))
         print_bottleneck(seconds)
     _print_workers(by_worker(entries))
+    if retried := sum(e.attempt > 1 for e in entries):
+        print(f"retried  {count(retried, 'block')} committed by a later attempt")
+    if slow := straggler(entries):
+        took = f"{slow['seconds']} s, {slow['times']} times the median"
+        print(f"slowest  block {slow['block']} on {slow['worker']}: {took}")
     for name, counts in casts.items():
         print(f"kept in {name}: {counts['overflow']:,} overflowed and {counts['nonfinite']:,} non-finite values")
     return DONE
