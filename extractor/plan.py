@@ -149,8 +149,8 @@ def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = 
     if needed > free:
         raise RequestError(
             f"the run needs {'at least ' if at_least else ''}{show_bytes(needed)} on disk, but the disk of {out} has "
-            f"{show_bytes(free)} free. Ask for fewer sites, layers or sequences (--preset statistics is about 85 times smaller than "
-            "patterns), or choose another --out."
+            f"{show_bytes(free)} free. Ask for fewer sites, layers or sequences (--preset statistics is about 85 times "
+            "smaller than patterns), or choose another --out."
         )
     memory = available_memory()
     if plan.host_bytes > memory:
