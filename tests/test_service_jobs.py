@@ -156,6 +156,10 @@ def test_a_killed_server_goes_on_once(root, tmp_path):
     ("analyze", {"run": "first", "options": {"model": "/etc"}}, "is not under the server's root"),
     ("verify", {"run": "nowhere"}, "there is no run 'nowhere'"),
     ("verify", {"run": "first", "repair": 1}, "expected true or false"),
+    ("ablate", {"run": "first", "target": "attn_out[0] call=os:system"}, "runs no code"),
+    ("ablate", {"run": "first", "target": "resid[1]", "edits": ["attn_out[0] call=os:system"]}, "runs no code"),
+    ("plateau", {"run": "first", "pairs": "/etc/passwd"}, "is not under the server's root"),
+    ("ablate", {"run": "first", "target": "resid[1]", "plot": "/tmp/x"}, "is no setting here"),
     ("format", {"run": "first"}, "there is no job 'format'"),
 ])  # fmt: skip
 def test_what_a_job_may_not_is_refused(server, root, kind, document, part):
