@@ -13,6 +13,7 @@ from headwater.extractor.texts import expand_paths, iter_documents
 from headwater.extractor.tokenizer import encode_documents, load_tokenizer
 from headwater.extractor.weights import Checkpoint
 from headwater.store.manifest import RunError, manifest_path
+from headwater.store.place import place_of
 from headwater.store.reader import Run, open_run
 
 MAX_TOKENS = 2_000_000
@@ -49,7 +50,7 @@ def open_corpus(
 def _as_run(source: Run | str | Path | Sequence[str | Path]) -> Run | None:
     if isinstance(source, Run):
         return source
-    if isinstance(source, str | Path) and manifest_path(Path(source)).is_file():
+    if isinstance(source, str | Path) and manifest_path(place_of(source)).is_file():
         return open_run(source)
     return None
 

@@ -14,6 +14,7 @@ import zarr
 from headwater.analysis.engine import committed_blocks
 from headwater.analysis.reducer import Chunk
 from headwater.store.manifest import RunError
+from headwater.store.place import for_zarr
 from headwater.store.reader import Run
 
 PIECE_BYTES = 512 << 10
@@ -95,7 +96,7 @@ def cut_pieces(runs: Sequence[Run], site: str, without_first: bool, partial: boo
 def _kept(run: Run, site: str, without_first: bool, partial: bool) -> np.ndarray:
     """Say which stored positions are wanted: bool [sequence, position]."""
     kept = np.zeros((run.manifest.n_sequences, run[site].shape[2]), bool)
-    stored = zarr.open_array(run.path / "row_start", mode="r")
+    stored = zarr.open_array(for_zarr(run.path / "row_start"), mode="r")
     for block in committed_blocks(run, partial):
         first, last = run.manifest.block_range(block)
         for low in range(first, last, step := max(ROWS_AT_ONCE // run.manifest.n_positions, 1)):

@@ -80,6 +80,12 @@ ENTRIES = (
         scan="cosine:cosine_analysis",
         brings=("cka",),
     ),
+    Entry(
+        "norms",
+        "norms and cosines of consecutive depths, at reading speed",
+        (("resid",),),
+        scan="norms:norms_analysis",
+    ),
     Entry("cka", "linear CKA between depths, with and without first positions", (("resid",),), scan="cka:cka_analysis"),
     Entry(
         "sinks",

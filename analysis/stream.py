@@ -60,7 +60,7 @@ class Stream(IterableDataset[Batch]):
 
     Shuffling is in two steps: pieces of about 512 KB are permuted over all runs, and the rows of a window of pieces are
     permuted. Two windows take `buffer_bytes`. `quality` says how well that mixes. Without `shuffle`, rows come in the
-    order of the runs. A batch is a view of its window: clone what you keep for long.
+    order of the runs.
 
     The order depends on `seed`, the epoch, the runs, `buffer_bytes` and the number of readers, and on nothing else.
     `state_dict` after a batch says where the next one begins; a stream that loads it goes on with the same batches.
@@ -169,14 +169,17 @@ class Stream(IterableDataset[Batch]):
             self._state = _beginning(self.epoch)
         self._loaded = False
         begun, epoch, window, row = (self._state[name] for name in ("begun", "epoch", "window", "row"))
+        buffers = [self._filler.make_buffer(self.window_rows) for _ in range(2)]
         with ThreadPoolExecutor(self.threads) as executor:
             while self.epochs is None or epoch < begun + self.epochs:
-                yield from self._epoch(executor, epoch, window, row)
+                yield from self._epoch(executor, buffers, epoch, window, row)
                 self.epoch = epoch = epoch + 1
                 window = row = 0
         self._state = _beginning(epoch)
 
-    def _epoch(self, executor: ThreadPoolExecutor, epoch: int, window: int, row: int) -> Iterator[Batch]:
+    def _epoch(
+        self, executor: ThreadPoolExecutor, buffers: list[np.ndarray], epoch: int, window: int, row: int
+    ) -> Iterator[Batch]:
         """Hand out the batches of an epoch from a row of a window on."""
         shard, n_shards = self._shard()
         windows = order_pieces(self.pieces, self.window_rows, self.seed, epoch, shard, n_shards)
@@ -184,38 +187,32 @@ class Stream(IterableDataset[Batch]):
         left = self._n_batches(epoch, shard, n_shards) - before // self.batch_tokens
 
         def fill(at: int) -> Window | None:
-            return self._filler.fill(executor, self.threads, windows, self.seed, epoch, at)
+            return self._filler.fill(executor, self.threads, windows, self.seed, epoch, at, buffers[at % 2])
 
         ahead = fill(window)
-        held: list[tuple[Window, int, int]] = []
-        n_held = 0
+        held: list[Batch] = []
         while left > 0 and ahead is not None:
             now, window_now = ahead, window
             ahead = fill(window + 1)
             now.wait()
             while left > 0 and row < len(now.values):
-                stop = min(row + self.batch_tokens - n_held, len(now.values))
-                held.append((now, row, stop))
-                n_held, row = n_held + stop - row, stop
-                if n_held == self.batch_tokens or (ahead is None and row == len(now.values)):
+                room = self.batch_tokens - sum(len(part[0]) if self.index else len(part) for part in held)
+                stop = min(row + room, len(now.values))
+                held.append(self._part(now, row, stop))
+                last = ahead is None and stop == len(now.values)
+                row, room = stop, room - (stop - row)
+                if room == 0 or last:
                     self._state |= {"epoch": epoch, "window": window_now, "row": row}
                     left -= 1
-                    yield self._batch(held)
-                    held, n_held = [], 0
+                    batch, held = _join(held), []
+                    yield batch
             window, row = window + 1, 0
 
-    def _batch(self, held: list[tuple[Window, int, int]]) -> Batch:
-        parts = [
-            torch.from_numpy(w.values[a:b] if isinstance(self.at, Sequence) else w.values[a:b, 0]) for w, a, b in held
-        ]
-        values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if get_worker_info() is not None and len(parts) == 1:
-            values = values.clone()
-        if self.dtype is not None:
-            values = values.to(self.dtype)
-        if not self.index:
-            return values
-        return values, torch.from_numpy(np.concatenate([w.index[a:b] for w, a, b in held]))
+    def _part(self, window: Window, first: int, last: int) -> Batch:
+        """Copy some rows out of a window, which is filled anew later, with their index where it is asked for."""
+        rows = torch.from_numpy(window.values[first:last])
+        values = (rows if isinstance(self.at, Sequence) else rows[:, 0]).to(self.dtype or rows.dtype, copy=True)
+        return (values, torch.from_numpy(window.index[first:last])) if self.index else values
 
     def _n_batches(self, epoch: int, shard: int, n_shards: int) -> int:
         """Count the batches of one reader in an epoch."""
@@ -238,6 +235,13 @@ class Stream(IterableDataset[Batch]):
             "seed": self.seed, "without_first": self.without_first, "buffer_bytes": self.window_rows,
             "rows": self.n_rows, "reader": list(self._shard()), "even": self.even, "drop_last": self.drop_last,
         }  # fmt: skip
+
+
+def _join(parts: list[Batch]) -> Batch:
+    """Join the parts of a batch that lies in several windows."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 def _beginning(epoch: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -43,7 +44,7 @@ class ArraySpec:
         """The leading dimension `depth` or `layer`, None for arrays that begin with the sequence."""
         return self.dims[0] if self.dims[0] in LEADING else None
 
-    @property
+    @cached_property
     def grid(self) -> tuple[int, ...]:
         """Inner chunks of a shard along each dimension."""
         return tuple(-(-s // c) for s, c in zip(self.shard, self.chunk, strict=True))

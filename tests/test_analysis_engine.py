@@ -11,8 +11,7 @@ from headwater.analysis.engine import Analysis, Scan, Tree, analyse, reduce_run
 from headwater.analysis.pools import make_pool
 from headwater.analysis.reducer import Reducer
 from headwater.analysis.results import analysis_path, load, save
-from headwater.analysis.sinks import sinks_analysis
-from headwater.analysis.svd import Scatter, svd, svd_analysis
+from headwater.analysis.svd import Scatter, svd
 from headwater.analysis.work import projected_bytes
 from headwater.store.manifest import RunError
 from headwater.store.reader import open_run
@@ -64,13 +63,20 @@ def test_the_tree_is_the_same_in_any_order(n):
         assert total(range(n)[::-1], {1}) == total(range(n), {1})
 
 
-def everything(run, scan):
-    """Run three analyses in one go and return all their values."""
-    from headwater.analysis.cka import cka_analysis
-    from headwater.analysis.cosine import cosine_analysis
+def every_analysis(run):
+    """Describe every analysis that scans a run of all sites."""
+    from headwater.analysis.favourites import favourites_analysis
+    from headwater.analysis.registry import ENTRIES
 
-    wanted = [cosine_analysis(run), cka_analysis(run), sinks_analysis(run, window=8), svd_analysis(run, k=3)]
-    return {f"{d.attrs['analysis']}.{name}": v.values for d in analyse(run, wanted, scan) for name, v in d.items()}
+    options = {"sinks": {"window": 8}, "svd": {"k": 3}, "top": {"site": "mlp_post", "k": 2}, "heads": {"n_queries": 6}}
+    wanted = [entry.function(run, **options.get(entry.name, {})) for entry in ENTRIES if entry.scan]
+    return [*wanted, favourites_analysis(run, n_queries=6, min_rows=1)]
+
+
+def everything(run, scan):
+    """Run all analyses in one go and return all their values."""
+    results = analyse(run, every_analysis(run), scan)
+    return {f"{d.attrs['analysis']}.{name}": v.values for d in results for name, v in d.items()}
 
 
 @pytest.mark.parametrize("layout", ["plain", "packed"])
@@ -81,6 +87,28 @@ def test_results_have_the_same_bits_in_every_pool_and_order(analysis_run, layout
     for scan in scans + [Scan(2, "processes")] * (layout == "plain"):
         for name, value in everything(run, scan).items():
             np.testing.assert_array_equal(value, expected[name], f"{name} {scan}", strict=True)
+
+
+def test_the_pools_are_tried_on_every_reducer(analysis_run, monkeypatch):
+    import pkgutil
+    from importlib import import_module
+
+    import headwater.analysis
+    from headwater.analysis import engine
+
+    for module in pkgutil.iter_modules(headwater.analysis.__path__):
+        import_module(f"headwater.analysis.{module.name}")
+    seen = set()
+    real = engine.reduce_run
+
+    def note(run, reducers, *rest):
+        seen.update(type(reducer) for reducer in reducers)
+        return real(run, reducers, *rest)
+
+    monkeypatch.setattr(engine, "reduce_run", note)
+    everything(analysis_run("plain"), Scan())
+    ours = {kind for kind in Reducer.__subclasses__() if kind.__module__.startswith("headwater.analysis.")}
+    assert ours <= seen, ours - seen
 
 
 def test_sharing_a_read_changes_no_bit(analysis_run):

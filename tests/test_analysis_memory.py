@@ -9,6 +9,10 @@ import headwater
 from headwater.analysis.cka import CrossScatter
 from headwater.analysis.cosine_passes import Centres, Pairs
 from headwater.analysis.engine import Scan, reduce_run
+from headwater.analysis.favourites import Favourites
+from headwater.analysis.heads import Heads
+from headwater.analysis.massive import Massive
+from headwater.analysis.norms import Norms
 from headwater.analysis.sink_rows import Sinks
 from headwater.analysis.svd import Scatter
 from headwater.analysis.work import projected_bytes
@@ -34,6 +38,10 @@ MAKE = {
     "svd": lambda run: Scatter(run, "resid", range(4)),
     "patterns": lambda run: Sinks(run, "pattern", 0.3, 64, range(3), None),
     "statistics": lambda run: Sinks(run, "statistics", 0.3, 64, range(3), None),
+    "norms": lambda run: Norms("resid", range(4), 96),
+    "massive": lambda run: Massive(run, "resid", range(4)),
+    "heads": lambda run: Heads(run, range(3), 8, 64, 128),
+    "favourites": lambda run: Favourites(run, range(3), 8, np.arange(8, 512, 4), np.arange(31)),
 }
 
 
