@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 
+import numpy as np
 import pytest
 
 from headwater.benchmarks import __main__ as benchmarks
-from headwater.benchmarks import bench_extract, bench_shard, measure
+from headwater.benchmarks import bench_analysis, bench_extract, bench_shard, measure
 from headwater.benchmarks.registry import BENCHMARKS, load
 
 
@@ -29,6 +30,24 @@ def test_extract_prints_ratios_and_memory_stays_within_projection(tmp_path):
         assert row["x_transformers"] > 0 and row["x_plain"] > 0 and 0 < row["of_gemm_rate"] < 2
         if name in bench_extract.VARIANTS:
             assert 0 < row["peak_MB"] <= row["projected_MB"]
+
+
+def test_analysis_measures_memory_speed_and_error(tmp_path):
+    """In this process, so that the suite does not start ten; ratios are those of a tiny run and say nothing."""
+    from headwater.benchmarks.synthetic import make_run
+
+    run = make_run(tmp_path, 12 * 8 * 64 * 32 * 2, 7, 32, 64)
+    exact = bench_analysis.exact_sigma(run)
+    for name in bench_analysis.CASES:
+        if name.startswith(("dask", "scikit")):
+            continue
+        figures = bench_analysis.CASES[name](run, 1, 256 << 20)
+        assert figures.get("error", 0) < 1e-5
+        if "sigma" in figures:
+            np.testing.assert_allclose(figures["sigma"], exact, 1e-6)
+    rows = bench_analysis.run(run.path, 1, 256 << 20, ["raw read", "norms"])
+    assert [row["case"] for row in rows] == ["raw read", "norms"]
+    assert rows[0]["of_raw_read"] == 1 and 0 <= rows[1]["peak_MB"] <= 256
 
 
 def test_shard_compares_five_ways(tmp_path):
