@@ -10,10 +10,19 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import headwater
-from headwater import analysis_commands, commands, dynamics_commands, intervention_commands, service_commands
+from headwater import (
+    analysis_commands,
+    commands,
+    dynamics_commands,
+    intervention_commands,
+    reproduce_commands,
+    service_commands,
+)
 
-# Each area has its arguments in a module with NAMES and add_commands(group, make): (module, …).
-AREAS: tuple[ModuleType, ...] = (analysis_commands, dynamics_commands, intervention_commands, service_commands)
+# Each area has its arguments in a module with NAMES and add_commands(group, make).
+AREAS: tuple[ModuleType, ...] = (
+    analysis_commands, intervention_commands, dynamics_commands, reproduce_commands, service_commands,
+)  # fmt: skip
 NAMES = ("extract", "plan", "status", "verify", "info", "sites", *(name for area in AREAS for name in area.NAMES))
 SELECTIONS = ("--layers", "--depths", "--heads", "--positions")
 START = """start here:
