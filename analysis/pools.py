@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -59,6 +60,22 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.n_workers, context, initializer=_install, initargs=(function,)) as executor:
             yield from _drive(executor, _call, items, IN_FLIGHT * self.n_workers)
+
+
+@contextmanager
+def open_pool(workers: int = 1, ray: str | None = None) -> Iterator[Pool]:
+    """Open the pool that `--workers` and `--ray` ask for, for one or more scans: `Scan(pool=pool)`.
+
+    Without `ray`, this process or threads of it. `ray` is "local" for a Ray of our own, "auto" or an address for a
+    cluster, which must see the runs under the same names. Results have the same bits on each.
+    """
+    if ray is None:
+        yield make_pool(None, max(workers, 1))
+        return
+    from headwater.extractor.ray_map import open_ray_map
+
+    with open_ray_map(ray, max(workers, 1)) as pool:
+        yield pool
 
 
 def make_pool(kind: str | Pool | None, workers: int = 1) -> Pool:

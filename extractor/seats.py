@@ -140,9 +140,9 @@ class Seats:
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
 
-    def dismiss_all(self) -> None:
-        """End the actors, unless Ray ends with us and all of them with it."""
-        for seat in self._seats if not self._cluster.local else ():
+    def dismiss_all(self, always: bool = False) -> None:
+        """End the actors; unless `always`, not where Ray ends with us and all of them with it."""
+        for seat in self._seats if always or not self._cluster.local else ():
             self._dismiss(seat)
 
     def running(self) -> Sequence[tuple[str, int, float]]:

@@ -43,6 +43,7 @@ def add_scan(parser: Any) -> None:
     part.add_argument("--memory", metavar="BYTES", help="most memory to use, such as 2GB; less means more reads")
     part.add_argument("--workers", metavar="N", default="1", help="blocks computed at once (default: 1); same results")
     part.add_argument("--processes", action="store_true", help="workers are processes, not threads")
+    part.add_argument("--ray", metavar="ADDRESS", help="workers are on a Ray cluster: auto, its address, or local")
     part.add_argument("--partial", action="store_true", help="analyse the finished blocks of an unfinished run")
 
 
@@ -89,7 +90,7 @@ def read_scan(options: Any, observe: Callable[[Any], None] | None = None) -> Sca
 
     workers = _whole("--workers", options.workers, 1)
     memory = None if options.memory is None else read_bytes(options.memory)
-    pool = "processes" if options.processes else None
+    pool = getattr(options, "pool", None) or ("processes" if options.processes else None)
     return Scan(workers, pool, memory, options.partial, KEEP_SECONDS, observe)
 
 

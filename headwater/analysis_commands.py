@@ -18,8 +18,18 @@ NAMES = ("analyze", "weights")
 
 def add_commands(group: Any, make: Any) -> None:
     """Add the commands to the parser."""
-    add_analyze(make(group, "analyze", run_analyze, "analyse runs and keep the results beside them"))
+    add_analyze(make(group, "analyze", run_on_pool, "analyse runs and keep the results beside them"))
     add_weights(make(group, "weights", run_weights, "decompose the weights of models; no run is needed"))
+
+
+def run_on_pool(options: Any) -> int:
+    """Run `analyze`, on the cluster of --ray if one is named."""
+    from headwater.analysis.pools import open_pool
+
+    if options.ray is None:
+        return run_analyze(options)
+    with open_pool(read_scan(options).workers, options.ray) as options.pool:
+        return run_analyze(options)
 
 
 def run_analyze(options: Any) -> int:
