@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,27 @@ import numpy as np
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place, for_zarr, place_of
 from headwater.store.reader import Run
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """The results of one run (or model) by analysis, under a label that tells it from others."""
+
+    label: str
+    results: dict[str, Any]
+    path: Place | None = None
+
+
+def kept_results(run: Run | str | Path, label: str | None = None) -> RunResults:
+    """Open all results that are kept beside a run, by the name of their analysis, `svd_mlp_out` and so on as such."""
+    folder = analysis_path(run, "x").parent
+    if isinstance(folder, ObjectPath):
+        inside = [str(item.relative_to(folder)) for item in folder.iterdir()]
+        names = [name.partition("/")[0] for name in inside if name.count("/") == 1 and name.endswith("/zarr.json")]
+    else:
+        names = [path.parent.name for path in folder.glob("[!.]*/zarr.json")]
+    home = run.path if isinstance(run, Run) else place_of(run)
+    return RunResults(label or home.resolve().name, {name: load(run, name) for name in sorted(names)}, home)
 
 
 def analysis_path(run: Run | str | Path, name: str) -> Place:

@@ -94,10 +94,9 @@ def _svd(d: Any) -> Figures:
 
 
 def _tokens(d: Any) -> Figures:
-    if "token_text" not in d:
-        return {}
     last = d.isel({d.token.dims[-3]: -1, "centring": -1, "positions": -1, "rank": 0})
-    return {"first_direction_at_the_last_depth": " ".join(map(repr, last.token_text.values[0, :5]))}
+    named = last.token_text if "token_text" in d else last.token
+    return {"first_direction_at_the_last_depth": " ".join(map(repr, named.values[0, :5].tolist()))}
 
 
 def _heads(d: Any) -> Figures:

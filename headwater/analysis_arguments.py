@@ -69,6 +69,41 @@ def add_weights(parser: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="where to keep the results (default: here)")
 
 
+def add_plot(parser: Any) -> None:
+    """Add the arguments of `plot`."""
+    parser.description = (
+        "Draw the results that are kept beside runs. Several runs share one axis, depth / n_layer, where that makes "
+        "sense."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of runs that were analysed")
+    parser.add_argument("--figures", metavar="A,B", help="figures by name (default: all that the results allow)")
+    parser.add_argument("--format", metavar="F", default="png", help="png, svg or pdf (default: png)")
+    parser.add_argument("--out", metavar="DIR", help="where to write them (default: RUN.analysis/plots)")
+
+
+def add_report(parser: Any) -> None:
+    """Add the arguments of `report`."""
+    parser.description = (
+        "Analyse runs as `headwater analyze RUN` does, and write one HTML page with the figures, the headline numbers, "
+        "the\ndefinitions and where it all comes from. The page asks for nothing from outside."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of runs")
+    parser.add_argument("--out", metavar="FILE", help="page to write (default: RUN.analysis/report.html)")
+    parser.add_argument("--again", action="store_true", help="compute results anew that are there already")
+    add_scan(parser)
+    add_options(parser)
+
+
+def add_compare(parser: Any) -> None:
+    """Add the arguments of `compare`."""
+    parser.description = (
+        "Print the headline figures of runs that were analysed, side by side: sizes of a model, or checkpoints of one "
+        "training in the order of their steps."
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="directories of runs that were analysed")
+    parser.add_argument("--steps", metavar="A,B", help="training steps (default: the last number in each name)")
+
+
 def split_names(words: list[str]) -> tuple[list[str], list[str]]:
     """Tell runs from analyses; raise ValueError where there is no run or a word is neither."""
     runs = [word for word in words if word not in ANALYSES]
@@ -137,7 +172,7 @@ def _word(flag: str, text: str) -> str:
     return text
 
 
-def _indices(flag: str, text: str) -> list[int]:
+def read_indices(flag: str, text: str) -> list[int]:
     """Read a list such as 0,4:8 (4 to 7)."""
     found: list[int] = []
     for part in text.split(","):
@@ -150,7 +185,7 @@ def _indices(flag: str, text: str) -> list[int]:
 
 
 def _outliers(flag: str, text: str) -> str | list[int]:
-    return text if text == "large" else _indices(flag, text) if text != "none" else []
+    return text if text == "large" else read_indices(flag, text) if text != "none" else []
 
 
 def _pairs(flag: str, text: str) -> str:
@@ -170,7 +205,7 @@ def _count(text: str) -> Any:
 OPTIONS: dict[str, tuple[str, Callable[[str, str], Any] | None, str]] = {
     "--model": ("model", _word, "the run's model, where it has moved (massive_origin, svd_tokens, lens, attribution, "
                                 "false_sinks)"),
-    "--layers": ("layers", _indices, "layers: 0,4:8 (sinks, heads; default: all stored)"),
+    "--layers": ("layers", read_indices, "layers: 0,4:8 (sinks, heads; default: all stored)"),
     "--epsilon": ("epsilon", _fraction, "ε of Sink_k^ε (sinks, false_sinks; default: 0.3)"),
     "--window": ("window", _whole, "T of Sink_k^ε (sinks; default: 64)"),
     "--source": ("source", _word, "pattern, statistics or auto (sinks; default: auto)"),
@@ -178,9 +213,9 @@ OPTIONS: dict[str, tuple[str, Callable[[str, str], Any] | None, str]] = {
                                           "massive activations), none, or a list (cosine; default: large)"),
     "--cka": ("pairs", _pairs, "consecutive or all depths (cka; default: consecutive)"),
     "--site": ("site", _word, "site (svd, massive, top, cosine; default: resid, for top mlp_post)"),
-    "--at": ("at", _indices, "layers or depths (svd, top; default: all stored)"),
+    "--at": ("at", read_indices, "layers or depths (svd, top; default: all stored)"),
     "--k": ("k", _whole, "directions of svd (32), tokens of lens (10), contexts of top (10)"),
-    "--units": ("units", _indices, "neurons, dimensions, heads or directions (top; default: those that stand out)"),
+    "--units": ("units", read_indices, "neurons, dimensions, heads or directions (top; default: those that stand out)"),
     "--sign": ("sign", _sign, "1 for the largest values, -1 for the smallest (top; default: 1)"),
     "--reach": ("reach", _whole, "tokens shown on either side (top; default: 8)"),
     "--directions": ("directions", None, "units are the directions of the kept svd of the site (top)"),
@@ -188,5 +223,5 @@ OPTIONS: dict[str, tuple[str, Callable[[str, str], Any] | None, str]] = {
     "--sequences": ("n_sequences", _whole, "sampled rows (heads: 128, attribution: 16)"),
     "--positions": ("n_positions", _whole, "sampled positions of a row (lens: 64, attribution: 32)"),
     "--queries": ("n_queries", _whole, "sampled queries of a row (heads; default: 32)"),
-    "--lengths": ("lengths", _indices, "lengths of repeated tokens (false_sinks; default: 16,64,256)"),
+    "--lengths": ("lengths", read_indices, "lengths of repeated tokens (false_sinks; default: 16,64,256)"),
 }  # fmt: skip

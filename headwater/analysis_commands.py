@@ -1,4 +1,4 @@
-"""The commands that analyse runs and weights: analyze, weights."""
+"""The commands that analyse runs and weights and show what came out: analyze, weights, plot, report, compare."""
 
 from __future__ import annotations
 
@@ -6,20 +6,33 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwater.analysis_arguments import add_analyze, add_weights, read_options, read_scan, split_names
+from headwater.analysis_arguments import (
+    add_analyze,
+    add_compare,
+    add_plot,
+    add_report,
+    add_weights,
+    read_indices,
+    read_options,
+    read_scan,
+    split_names,
+)
 from headwater.commands import DONE
 from headwater.show import print_json
 
 if TYPE_CHECKING:
     from headwater.analysis.suite import Outcome
 
-NAMES = ("analyze", "weights")
+NAMES = ("analyze", "weights", "plot", "report", "compare")
 
 
 def add_commands(group: Any, make: Any) -> None:
     """Add the commands to the parser."""
     add_analyze(make(group, "analyze", run_on_pool, "analyse runs and keep the results beside them"))
     add_weights(make(group, "weights", run_weights, "decompose the weights of models; no run is needed"))
+    add_plot(make(group, "plot", run_plot, "draw the results of runs"))
+    add_report(make(group, "report", run_report, "analyse runs and write one page about them"))
+    add_compare(make(group, "compare", run_compare, "show the results of several runs side by side"))
 
 
 def run_on_pool(options: Any) -> int:
@@ -93,3 +106,94 @@ def run_weights(options: Any) -> int:
         print(f"{one['model']}: {', '.join(f'{label} {value}' for label, value in one['figures'].items())}")
         print(f"  {one['path']}")
     return DONE
+
+
+def run_plot(options: Any) -> int:
+    """Draw the figures of kept results into files; print their paths."""
+    from headwater.analysis.plots import draw, save_figures
+
+    runs = kept(options.runs)
+    folder = target(options, "plots")
+    names = options.figures.split(",") if options.figures else ()
+    paths = [str(path) for path in save_figures(draw(runs, names), folder, options.format)]
+    if options.json:
+        print_json(paths)
+    else:
+        print("\n".join(paths))
+    return DONE
+
+
+def run_report(options: Any) -> int:
+    """Analyse what is not analysed yet, and write one page about it; print its path."""
+    from headwater.analysis.report import report
+    from headwater.progress import ScanReporter
+    from headwater.store.reader import open_run
+
+    target(options, "report.html")
+    opened, skipped = [open_run(path) for path in options.runs], {}
+    given = read_options(options)
+    for run, label in zip(opened, labels(options.runs), strict=True):
+        reporter = ScanReporter(sys.stderr, str(run.path))
+        try:
+            outcome = analyze_run(run, [], given, read_scan(options, reporter), options.again)
+        finally:
+            reporter.close()
+        skipped[label] = outcome.skipped
+    page = target(options, "report.html")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(report(kept(options.runs), skipped), "utf-8")
+    if options.json:
+        print_json({"report": str(page), "skipped": skipped})
+    else:
+        print(page)
+    return DONE
+
+
+def run_compare(options: Any) -> int:
+    """Print the headline figures of runs side by side, in the order of their training steps where they have them."""
+    from headwater.analysis.compare import side_by_side
+
+    if len(options.runs) < 2:
+        raise ValueError(f"compare takes two runs or more; {options.runs[0]} is the only one.")
+    steps = None if options.steps is None else read_indices("--steps", options.steps)
+    rows = side_by_side(kept(options.runs), steps)
+    if options.json:
+        print_json(rows)
+        return DONE
+    for row in rows:
+        print(f"{row['analysis'] or 'run'}: {row['figure'].replace('_', ' ')}")
+        for label, value in row["values"].items():
+            print(f"  {label:20} {value}")
+    return DONE
+
+
+def labels(paths: list[str]) -> list[str]:
+    """Return short names that tell runs apart: their directories' names, with the parents' where those are equal."""
+    found = [(path if "://" in path else str(Path(path).resolve())).rstrip("/").split("/") for path in paths]
+    for n in (1, 2, 3):
+        names = ["/".join(parts[-n:]) for parts in found]
+        if len(set(names)) == len(names):
+            return names
+    return ["/".join(parts) for parts in found]
+
+
+def target(options: Any, name: str) -> Path:
+    """Return where a figure or page goes: --out, or beside the first run where that is a directory."""
+    from headwater.analysis.results import analysis_path
+
+    path = Path(options.out) if options.out else analysis_path(options.runs[0], name)
+    if not isinstance(path, Path):
+        raise ValueError(f"{options.runs[0]} lies in an object store; say with --out where to write {name} here.")
+    return path
+
+
+def kept(paths: list[str]) -> list[Any]:
+    """Open the kept results of runs; raise ValueError for a run that has none."""
+    from headwater.analysis.results import kept_results
+    from headwater.store.reader import open_run
+
+    found = [kept_results(open_run(path), label) for path, label in zip(paths, labels(paths), strict=True)]
+    for path, run in zip(paths, found, strict=True):
+        if not run.results:
+            raise ValueError(f"{path} has no results yet. Make them with `headwater analyze {path}`.")
+    return found

@@ -1,0 +1,127 @@
+"""The figures by name: what each shows, which results it needs, and the function that draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from headwater.analysis import figures
+from headwater.analysis.results import RunResults
+
+KINDS = ("png", "svg", "pdf")
+PER_FIGURE = 6
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure. `needs` are analyses; `draw` names its function; `together` says whether several runs share it;
+    `variable` must be in the result of the first analysis."""
+
+    name: str
+    needs: tuple[str, ...]
+    caption: str
+    draw: str
+    together: bool = True
+    variable: str = ""
+
+    def figure(self, runs: Sequence[RunResults]) -> Any:
+        """Draw it for runs that hold the results; ValueError without matplotlib."""
+        module, _, name = self.draw.partition(":")
+        function: Callable[[Sequence[RunResults]], Any] = getattr(
+            import_module(f"headwater.analysis.plots_{module}"), name
+        )
+        with figures.style():
+            return figures.finish(function(runs))
+
+    def holds(self, run: RunResults) -> bool:
+        """Say whether a run has the results that the figure needs."""
+        there = set(self.needs) <= set(run.results)
+        return there and (not self.variable or self.variable in run.results[self.needs[0]])
+
+
+PLOTS = (
+    Plot("phases", ("cosine",), "Between consecutive depths: large reshaping early, small refinement in the middle, "
+         "one map to output space at the end.", "stream:phases"),
+    Plot("depth_cosine", ("cosine",), "Mean cosine of every token's residual stream between two depths.",
+         "stream:depth_cosine", together=False),
+    Plot("block_influence", ("cosine",), "How far each layer turns the stream (ShortGPT's BI where raw).",
+         "stream:block_influence"),
+    Plot("spectra", ("svd",), "Singular values of the stream at every depth; dark: early, light: late.",
+         "stream:spectra", together=False),
+    Plot("dimensions", ("svd",), "How many dimensions the stream uses, with and without first positions.",
+         "stream:dimensions"),
+    Plot("sink_layers", ("sinks",), "Mass on the first key by layer, the transition, and how evenly the rest lies.",
+         "attention:sink_layers"),
+    Plot("sink_map", ("sinks",), "Mass on the first key, second-half queries, head by head.", "attention:sink_map",
+         together=False),
+    Plot("received", ("sinks",), "What every key receives; keys that fewer than 16 rows see are left out. Dark: early "
+         "layers, light: late.", "attention:received", together=False),
+    Plot("words", ("sinks",), "Mass on earlier tokens of the query's own word over that on other keys at the same "
+         "distances; above 0: more.", "attention:words", together=False, variable="attn_word"),
+    Plot("false_sinks", ("false_sinks",), "One token repeated: a ratio near 1 means that every repeated token looks "
+         "like the first one.", "attention:false_sinks", together=False),
+    Plot("massive_depth", ("massive",), "The largest activations over depth, and their ratio to the median.",
+         "massive:massive_depth"),
+    Plot("massive_made", ("massive_origin",), "Which components and neurons add to the largest of these activations; "
+         "the sums are exact.", "massive:massive_made", together=False),
+    Plot("lens", ("lens",), "What each depth predicts when it is read as if it were the last.", "output:lens"),
+    Plot("attribution", ("attribution",), "Direct contributions to the logit of the next token, less the vocabulary's "
+         "mean; the sums are exact.", "output:attribution", together=False),
+    Plot("head_pairs", ("heads",), "Kendall's τ_b between the orders in which two heads rank the same keys.",
+         "attention:head_pairs", together=False),
+    Plot("weight_spectra", ("weights",), "Singular values of the weights by layer; dark: early, light: late.",
+         "output:weight_spectra", together=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that was drawn: its plot, the labels of its runs, and itself."""
+
+    plot: Plot
+    labels: tuple[str, ...]
+    figure: Any
+
+    @property
+    def name(self) -> str:
+        """A name for a file."""
+        return self.plot.name if self.plot.together else f"{self.plot.name}-{self.labels[0]}"
+
+
+def draw(runs: Sequence[RunResults], names: Iterable[str] = ()) -> list[Drawn]:
+    """Draw the named figures (all, where none is named) that the runs' results allow.
+
+    A figure that several runs can share has at most PER_FIGURE of them on its axes; others are drawn run by run.
+    Raises ValueError for a name that is not known, or where no figure can be drawn.
+    """
+    known, names = {plot.name: plot for plot in PLOTS}, list(names)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no plot {unknown[0]!r}; expected some of {', '.join(known)}.")
+    drawn = []
+    for plot in [known[name] for name in names] or PLOTS:
+        there = [run for run in runs if plot.holds(run)]
+        size = PER_FIGURE if plot.together else 1
+        groups = [there[at : at + size] for at in range(0, len(there), size)]
+        drawn += [Drawn(plot, tuple(run.label for run in group), plot.figure(group)) for group in groups]
+    if not drawn:
+        wanted = sorted({need for plot in ([known[name] for name in names] or PLOTS) for need in plot.needs})
+        raise ValueError(f"no result to draw. Make some with `headwater analyze RUN {' '.join(wanted)}`.")
+    return drawn
+
+
+def save_figures(drawn: Iterable[Drawn], folder: Path, kind: str = "png") -> list[Path]:
+    """Write figures as files of a kind; return their paths."""
+    if kind not in KINDS:
+        raise ValueError(f"the format is {kind!r}; expected one of {', '.join(KINDS)}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for one in drawn:
+        path = folder / f"{one.name}.{kind}"
+        if path in paths:
+            path = folder / f"{one.name}-{len(paths)}.{kind}"
+        path.write_bytes(figures.render(one.figure, kind))
+        paths.append(path)
+    return paths

@@ -1,0 +1,160 @@
+"""Figures, report, comparison: they show the results that are kept, and the page opens in a browser on its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from headwater.analysis.compare import compare, steps_of
+from headwater.analysis.contexts import context_rows
+from headwater.analysis.plots import PLOTS, draw, save_figures
+from headwater.analysis.registry import REGISTRY
+from headwater.analysis.results import RunResults, kept_results
+from headwater.analysis.weights import weights
+from headwater.store.reader import open_run
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PROBE = """<script>window.onload = () => {
+  const figures = [...document.images].map(i => {
+    const b = i.getBoundingClientRect();
+    return [i.complete, i.naturalWidth, Math.round(b.width), Math.round(b.height)] });
+  const rows = document.querySelectorAll("table.contexts tbody tr").length;
+  document.body.setAttribute("data-probe",
+    JSON.stringify({figures, rows, width: document.documentElement.scrollWidth})) }</script>"""
+
+
+@pytest.fixture(scope="module")
+def pair(analysis_run, tmp_path_factory):
+    """Two analysed runs of one model: packed documents with every site, and their residual streams alone."""
+    pytest.importorskip("matplotlib")
+    from headwater.cli import main
+
+    home = tmp_path_factory.mktemp("report")
+    for name in ("run-100", "run-20"):
+        shutil.copytree(analysis_run("packed").path, home / name)
+    assert main(["analyze", str(home / "run-100")]) == 0
+    assert main(["analyze", str(home / "run-20"), "cosine", "sinks", "lens"]) == 0
+    return home / "run-100", home / "run-20"
+
+
+def test_every_figure_can_be_drawn_from_one_run(pair, tiny_gpt2, tmp_path):
+    run = kept_results(pair[0])
+    results = run.results | {"top": run.results["top_mlp_post"], "weights": weights(str(tiny_gpt2), 2, 2)}
+    drawn = draw([RunResults("tiny", results)])
+    assert {one.plot.name for one in drawn} == {plot.name for plot in PLOTS}
+    assert {need for plot in PLOTS for need in plot.needs} <= {*REGISTRY, "weights"}
+    for one in drawn:
+        for axis in one.figure.axes:
+            for line in axis.lines:
+                values = np.asarray(line.get_ydata(), float)
+                assert line.get_label() == "×" or not len(values) or np.isfinite(values).any(), one.name
+    paths = save_figures(drawn[:2], tmp_path, "svg")
+    assert all(path.read_bytes().startswith(b"<?xml") for path in paths)
+    before = [path.read_bytes() for path in paths]
+    assert [
+        path.read_bytes() for path in save_figures(draw([RunResults("tiny", results)])[:2], tmp_path, "svg")
+    ] == before
+
+
+def test_curves_are_the_values_of_the_results(pair):
+    runs = [kept_results(path) for path in pair]
+    (one,) = draw(runs, ["phases"])
+    assert one.labels == ("run-100", "run-20")
+    lines = one.figure.axes[0].lines
+    data = runs[1].results["cosine"].isel(centring=1, positions=1, outliers=1)
+    assert len(lines) == 4
+    np.testing.assert_array_equal(lines[3].get_ydata(), data.consecutive)
+    np.testing.assert_array_equal(lines[3].get_xdata(), data.step_fraction)
+    (sinks,) = draw(runs[:1], ["sink_layers"])
+    share = runs[0].results["sinks"].share_by_layer.sel(query_set="last_64")
+    np.testing.assert_array_equal(sinks.figure.axes[0].lines[2].get_ydata(), share)
+
+
+def test_the_page_opens_in_a_browser_and_asks_for_nothing(cli, pair, tmp_path):
+    page = tmp_path / "report.html"
+    done = cli("report", pair[0], "--out", page)
+    assert done.code == 0 and done.out.strip() == str(page)
+    text = page.read_text("utf-8")
+    manifest = open_run(pair[0]).manifest
+    for shown in (manifest.fingerprint[:16], manifest.model["digest"][:16], "run-100", "participation ratio"):
+        assert shown in text
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text)
+    browser = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    if browser is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
+    page.write_text(text.replace("</body>", f"{PROBE}</body>"), "utf-8")
+    log = tmp_path / "net.json"
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--disable-background-networking",
+        "--enable-logging=stderr",
+        "--window-size=1000,900",
+        f"--log-net-log={log}",
+        "--net-log-capture-mode=Everything",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    opened = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'data-probe="([^"]*)"', opened.stdout)
+    assert found, opened.stderr[-2000:]
+    probe = json.loads(found[1].replace("&quot;", '"'))
+    assert len(probe["figures"]) >= len(PLOTS) - 1 and probe["width"] <= 1000 and probe["rows"] > 10
+    assert all(done and natural > 300 and wide > 500 and high > 100 for done, natural, wide, high in probe["figures"])
+    assert "CONSOLE" not in opened.stderr
+    asked = re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]*)"', log.read_text("utf-8", "replace"))
+    assert not [url for url in asked if "google" not in url and "gvt1" not in url], asked
+
+
+def test_runs_are_put_side_by_side(cli, pair):
+    runs = [kept_results(path) for path in pair]
+    got = compare(runs, "sinks", "first_token_share", query_set="second_half", n_grid=5)
+    want = runs[0].results["sinks"].first_token_share.sel(query_set="second_half").mean("head")
+    np.testing.assert_allclose(got["value"][0], want)
+    np.testing.assert_allclose(got.fraction[0], runs[0].results["sinks"].layer_fraction)
+    assert got.step.values.tolist() == [100, 20] == steps_of(runs).tolist()
+    assert got.on_grid.shape == (2, 5)
+    with pytest.raises(ValueError, match="run-20 has no svd"):
+        compare(runs, "svd", "participation_ratio")
+    with pytest.raises(ValueError, match="can't be put over depth"):
+        compare(runs, "sinks", "l_in")
+    rows = json.loads(cli("compare", *pair, "--json").out)
+    assert list(rows[0]["values"].items()) == [("run-20", 20), ("run-100", 100)]
+    assert {row["analysis"] for row in rows[1:]} >= {"cosine", "sinks", "lens"}
+    assert all(len(row["values"]) == 2 for row in rows)
+    assert "first token" not in cli("compare", *pair, "--steps", "7,8").out
+    cli("compare", *pair, "--steps", "7").error(2, "1 steps are given for 2 runs")
+    cli("compare", pair[0]).error(2, "takes two runs or more")
+
+
+def test_plot_writes_files_and_refuses_what_is_not_there(cli, pair, tmp_path):
+    done = cli("plot", *pair, "--figures", "sink_map,sink_layers", "--out", tmp_path, "--format", "pdf")
+    names = [path.rpartition("/")[2] for path in done.out.split()]
+    assert names == ["sink_map-run-100.pdf", "sink_map-run-20.pdf", "sink_layers.pdf"]
+    assert all((tmp_path / name).read_bytes().startswith(b"%PDF") for name in names)
+    cli("plot", pair[0], "--figures", "sinkmap").error(2, "there is no plot 'sinkmap'", "sink_map")
+    cli("plot", pair[1], "--figures", "spectra").error(2, "no result to draw", "headwater analyze RUN svd")
+    cli("plot", pair[0], "--format", "gif").error(2, "the format is 'gif'", "png, svg, pdf")
+    shutil.copytree(pair[0], tmp_path / "bare")
+    cli("plot", tmp_path / "bare").error(2, "has no results yet", "headwater analyze")
+
+
+def test_context_rows_hold_the_tokens_around(pair):
+    data = kept_results(pair[0]).results["top_mlp_post"]
+    rows = context_rows(data, 3, 2)
+    assert len(rows) == 6
+    run = open_run(pair[0])
+    for row in rows:
+        value = run["mlp_post"][run.leads("mlp_post").index(row["layer"]), row["sequence"]][
+            row["position"], row["unit"]
+        ]
+        assert value == pytest.approx(row["value"])
+        assert row["token"] and isinstance(row["before"], str)
