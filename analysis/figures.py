@@ -74,7 +74,7 @@ def finish(figure: Any) -> Any:
         for axis, ends in ((drawn.xaxis, drawn.dataLim.intervalx), (drawn.yaxis, drawn.dataLim.intervaly)):
             if axis.get_scale() != "log":
                 continue
-            if not max(ends) > 0:  # nothing that a logarithm can show
+            if not 0 < max(ends) < np.inf:  # nothing that a logarithm can show
                 getattr(drawn, f"set_{axis.axis_name}scale")("linear")
                 continue
             low, high = axis.get_view_interval()

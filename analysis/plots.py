@@ -72,6 +72,8 @@ PLOTS = (
          "mean; the sums are exact.", "output:attribution", together=False),
     Plot("head_pairs", ("heads",), "Kendall's τ_b between the orders in which two heads rank the same keys.",
          "attention:head_pairs", together=False),
+    Plot("coherence", ("coherence",), "Fraction of the weights' SVD directions whose top tokens stand near each other "
+         "in the corpus; bands: bootstrap.", "output:coherence", together=False),
     Plot("weight_spectra", ("weights",), "Singular values of the weights by layer; dark: early, light: late.",
          "output:weight_spectra", together=False),
 )  # fmt: skip
@@ -112,8 +114,8 @@ def draw(runs: Sequence[RunResults], names: Iterable[str] = ()) -> list[Drawn]:
     return drawn
 
 
-def save_figures(drawn: Iterable[Drawn], folder: Path, kind: str = "png") -> list[Path]:
-    """Write figures as files of a kind; return their paths."""
+def save_figures(drawn: Iterable[Drawn], folder: Path, kind: str = "png", dpi: int = 150) -> list[Path]:
+    """Write figures as files of a kind (`dpi` for png); return their paths."""
     if kind not in KINDS:
         raise ValueError(f"the format is {kind!r}; expected one of {', '.join(KINDS)}.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +124,6 @@ def save_figures(drawn: Iterable[Drawn], folder: Path, kind: str = "png") -> lis
         path = folder / f"{one.name}.{kind}"
         if path in paths:
             path = folder / f"{one.name}-{len(paths)}.{kind}"
-        path.write_bytes(figures.render(one.figure, kind))
+        path.write_bytes(figures.render(one.figure, kind, dpi))
         paths.append(path)
     return paths

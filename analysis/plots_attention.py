@@ -86,7 +86,7 @@ def received(runs: Sequence[RunResults]) -> Any:
     for row, run in zip(axes, runs, strict=True):
         data = run.results["sinks"]
         key = np.arange(data.sizes["key"]) + 1
-        kept = ~data.few_rows.values
+        kept = ~data.few_rows.values if not data.few_rows.all() else np.ones(len(key), bool)
         mean, rate = data.received.mean("head").values, data.sink_rate.mean("head").values
         for i, layer in enumerate(data.layer.values):
             ends = i in (0, len(mean) // 2, len(mean) - 1)

@@ -70,6 +70,25 @@ def attribution(runs: Sequence[RunResults]) -> Any:
     return figure
 
 
+def coherence(runs: Sequence[RunResults]) -> Any:
+    """Draw the coherent fraction of each kind of direction by layer, with bootstrap bands."""
+    data = runs[0].results["coherence"]
+    figure, axes = make_figure(1, 2, sharey=True)
+    x = data.layer_fraction.values
+    for at, kind in enumerate(data.kind.values):
+        axis = axes[0, int(str(kind).startswith("w_"))]
+        one = data.sel(kind=kind)
+        axis.plot(x, one.coherent_fraction, marker="o", color=colour_of(at), label=str(kind))
+        axis.fill_between(x, one.band_low, one.band_high, color=colour_of(at), alpha=0.15, lw=0)
+    for axis, title in zip(axes[0], ("OV and QK circuits", "W_in and W_out"), strict=True):
+        axis.axhline(0.01, color="#666666", lw=0.8, ls=(0, (4, 2)))
+        axis.set(xlabel="layer / n_layer", ylim=(0, None), title=f"{title} (dashed: chance)")
+        legend(axis)
+    axes[0, 0].set_ylabel("coherent fraction")
+    letter(axes)
+    return figure
+
+
 def weight_spectra(runs: Sequence[RunResults]) -> Any:
     """Draw the singular values of every layer's OV circuits (mean over heads), QK circuits, W_in and W_out."""
     figure, axes = make_figure(2, 2, height=1.8 * HEIGHT)

@@ -127,8 +127,19 @@ ENTRIES = (
         compute="project:run_directions",
         after="svd",
     ),
-    Entry("heads", "head by head: overlap, divergence, shared targets, opposite orders, with nulls", (("pattern",),),
-          scan="heads:heads_analysis"),
+    Entry(
+        "heads",
+        "head by head: overlap, divergence, shared targets, opposite orders, with nulls",
+        (("pattern",),),
+        scan="heads:heads_analysis",
+        brings=("favourites",),
+    ),
+    Entry(
+        "favourites",
+        "what heads attend to second when their favourite is absent, and the logits withheld (needs the model)",
+        (("pattern",),),
+        scan="favourites:favourites_analysis",
+    ),
     Entry(
         "lens",
         "logit lens at every depth: KL to the output, agreement, rank of the next token",

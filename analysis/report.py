@@ -34,9 +34,9 @@ SECTIONS = (
     ("Massive activations", ("massive", "massive_origin")),
     ("What the depths predict", ("lens",)),
     ("What writes the output", ("attribution",)),
-    ("Heads compared", ("heads",)),
+    ("Heads compared", ("heads", "favourites")),
     ("Where units are active", ("top",)),
-    ("The weights", ("weights",)),
+    ("The weights", ("weights", "coherence")),
 )
 
 
@@ -86,7 +86,7 @@ def _section(at: int, heading: str, names: Sequence[str], runs: Sequence[RunResu
 
 def base_name(key: str) -> str:
     """Return the analysis of a kept result: `svd` for svd_mlp_out."""
-    fits = [name for name in (*REGISTRY, "weights") if key == name or key.startswith(f"{name}_")]
+    fits = [name for name in (*REGISTRY, "weights", "coherence") if key == name or key.startswith(f"{name}_")]
     return max(fits, key=len, default=key)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place, for_zarr, place_of
-from headwater.store.reader import Run
+from headwater.store.reader import Run, open_run
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,31 @@ class RunResults:
 
 
 def kept_results(run: Run | str | Path, label: str | None = None) -> RunResults:
-    """Open all results that are kept beside a run, by the name of their analysis, `svd_mlp_out` and so on as such."""
-    folder = analysis_path(run, "x").parent
+    """Open all results that are kept beside a run, by the name of their analysis, `svd_mlp_out` and so on as such.
+
+    Results of another run that lay at the same path before are left out.
+    """
+    run = run if isinstance(run, Run) else open_run(run)
+    folder = analysis_folder(run)
     if isinstance(folder, ObjectPath):
         inside = [str(item.relative_to(folder)) for item in folder.iterdir()]
         names = [name.partition("/")[0] for name in inside if name.count("/") == 1 and name.endswith("/zarr.json")]
     else:
         names = [path.parent.name for path in folder.glob("[!.]*/zarr.json")]
-    home = run.path if isinstance(run, Run) else place_of(run)
-    return RunResults(label or home.resolve().name, {name: load(run, name) for name in sorted(names)}, home)
+    found = {name: load(run, name) for name in sorted(names)}
+    own = {name: one for name, one in found.items() if one.attrs.get("fingerprint") == run.manifest.fingerprint}
+    return RunResults(label or run.path.resolve().name, own, run.path)
 
 
 def analysis_path(run: Run | str | Path, name: str) -> Place:
     """Return where an analysis of a run is kept: `RUN.analysis/<name>`."""
+    return analysis_folder(run) / name
+
+
+def analysis_folder(run: Run | str | Path) -> Place:
+    """Return the folder of a run's results, `RUN.analysis`."""
     path = (run.path if isinstance(run, Run) else place_of(run)).resolve()
-    return path.with_name(f"{path.name}.analysis") / name
+    return path.with_name(f"{path.name}.analysis")
 
 
 def coordinates(run: Run, site: str, leads: Sequence[int] | None = None) -> dict[str, Any]:

@@ -133,6 +133,27 @@ def _weights(d: Any) -> Figures:
     return {"w_out_sigma_1": _round(sigma[:, 0]), "ov_sigma_1": _round(d.ov_sigma[:, :, 0].max("head"))}
 
 
+def _coherence(d: Any) -> Figures:
+    kinds = [str(kind) for kind in d.kind.values]
+    figures: Figures = {f"{kind}_coherent": _round(d.coherent_fraction.sel(kind=kind)) for kind in kinds}
+    if int(d.l_in) > 0:
+        figures |= {f"{kind}_after_minus_before": _one(d.difference.sel(kind=kind)) for kind in kinds}
+        figures |= {f"{kind}_p": _one(d.difference_p.sel(kind=kind)) for kind in kinds}
+    return figures
+
+
+def _favourites(d: Any) -> Figures:
+    effect = d.second_effect.values
+    if not np.isfinite(effect).any():
+        return {"second_effect": "no head with rows enough"}
+    layer, head = np.unravel_index(np.nanargmax(effect), effect.shape)
+    return {
+        "largest_second_effect": _one(effect[layer, head]),
+        "head": f"L{int(d.layer[layer])}H{int(d['head'][head])}",
+        "mean_transitivity": _one(np.nanmean(d.transitivity.values)),
+    }
+
+
 SUMMARIES: dict[str, Callable[[Any], Figures]] = {
     "cosine": _cosine,
     "cka": _cka,
@@ -147,4 +168,6 @@ SUMMARIES: dict[str, Callable[[Any], Figures]] = {
     "attribution": _attribution,
     "top": _top,
     "weights": _weights,
+    "coherence": _coherence,
+    "favourites": _favourites,
 }

@@ -66,6 +66,8 @@ def add_weights(parser: Any) -> None:
     parser.add_argument("--model", metavar="M", nargs="+", required=True, help="directories, hub ids, or demo")
     parser.add_argument("--directions", metavar="N", type=_count, default=30, help="directions of each (default: 30)")
     parser.add_argument("--tokens", metavar="N", type=_count, default=20, help="tokens of each sign (default: 20)")
+    parser.add_argument("--corpus", metavar="RUN|TEXT", help="score the directions on a run's tokens or a text: how "
+                        "many are coherent, by layer, beside the sinks that are kept with that run")
     parser.add_argument("--out", metavar="DIR", help="where to keep the results (default: here)")
 
 

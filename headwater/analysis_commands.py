@@ -89,16 +89,20 @@ def _print_outcome(path: str, outcome: Outcome, figures: dict[str, dict[str, Any
 
 
 def run_weights(options: Any) -> int:
-    """Decompose the weights of models; keep each result as a Zarr group and print its figures."""
+    """Decompose the weights of models, and score them on a corpus; keep the results and print their figures."""
     from headwater.analysis.results import save_at
     from headwater.analysis.summary import summarise
     from headwater.analysis.weights import weights
 
     found = []
     for model in options.model:
-        dataset = weights(model, options.directions, options.tokens)
-        path = save_at(Path(options.out or ".") / f"{Path(model).name}.weights", dataset)
-        found.append({"model": model, "path": str(path), "figures": summarise("weights", dataset)})
+        datasets = [weights(model, options.directions, options.tokens)]
+        if options.corpus:
+            datasets.append(_coherence(model, options))
+        for dataset in datasets:
+            name = dataset.attrs["analysis"]
+            path = save_at(Path(options.out or ".") / f"{Path(model).name}.{name}", dataset)
+            found.append({"model": model, "path": str(path), "figures": summarise(name, dataset)})
     if options.json:
         print_json(found)
         return DONE
@@ -106,6 +110,20 @@ def run_weights(options: Any) -> int:
         print(f"{one['model']}: {', '.join(f'{label} {value}' for label, value in one['figures'].items())}")
         print(f"  {one['path']}")
     return DONE
+
+
+def _coherence(model: str, options: Any) -> Any:
+    """Score a model's directions on --corpus, beside the sinks that are kept with it."""
+    from headwater.analysis.coherence import Settings, coherence
+    from headwater.analysis.results import load
+    from headwater.store.manifest import RunError
+    from headwater.store.reader import open_run
+
+    try:
+        sinks = load(open_run(options.corpus), "sinks")
+    except (RunError, FileNotFoundError):
+        sinks = None
+    return coherence(model, options.corpus, sinks, Settings(options.directions, options.tokens))
 
 
 def run_plot(options: Any) -> int:

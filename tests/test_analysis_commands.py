@@ -118,6 +118,11 @@ def test_every_entry_describes_itself():
 def test_weights_are_kept_where_one_asks(cli, tiny_gpt2, tmp_path):
     done = json.loads(cli("weights", "--model", tiny_gpt2, "--directions", 2, "--out", tmp_path, "--json").out)
     kept = xarray.open_zarr(done[0]["path"], chunks=None)
+    text = tmp_path / "fox.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    flags = ("--model", tiny_gpt2, "--directions", 2, "--corpus", text, "--out", tmp_path, "--json")
+    scored = json.loads(cli("weights", *flags).out)
+    assert scored[1]["path"].endswith(".coherence") and "w_out_coherent" in scored[1]["figures"]
     assert kept.ov_write.shape == (2, 2, 2, 16) and done[0]["figures"]["w_out_sigma_1"]
     cli("weights", "--model", tmp_path / "none").error(2, "none")
 

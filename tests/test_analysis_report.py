@@ -10,11 +10,12 @@ import subprocess
 import numpy as np
 import pytest
 
+from headwater.analysis.coherence import Settings, coherence
 from headwater.analysis.compare import compare, steps_of
 from headwater.analysis.contexts import context_rows
 from headwater.analysis.plots import PLOTS, draw, save_figures
 from headwater.analysis.registry import REGISTRY
-from headwater.analysis.results import RunResults, kept_results
+from headwater.analysis.results import RunResults, kept_results, load, save
 from headwater.analysis.weights import weights
 from headwater.store.reader import open_run
 
@@ -45,9 +46,11 @@ def pair(analysis_run, tmp_path_factory):
 def test_every_figure_can_be_drawn_from_one_run(pair, tiny_gpt2, tmp_path):
     run = kept_results(pair[0])
     results = run.results | {"top": run.results["top_mlp_post"], "weights": weights(str(tiny_gpt2), 2, 2)}
+    settings = Settings(2, 2, n_random=20, n_bootstrap=20)
+    results["coherence"] = coherence(str(tiny_gpt2), open_run(pair[0]), None, settings)
     drawn = draw([RunResults("tiny", results)])
     assert {one.plot.name for one in drawn} == {plot.name for plot in PLOTS}
-    assert {need for plot in PLOTS for need in plot.needs} <= {*REGISTRY, "weights"}
+    assert {need for plot in PLOTS for need in plot.needs} <= {*REGISTRY, "weights", "coherence"}
     for one in drawn:
         for axis in one.figure.axes:
             for line in axis.lines:
@@ -107,7 +110,7 @@ def test_the_page_opens_in_a_browser_and_asks_for_nothing(cli, pair, tmp_path):
     found = re.search(r'data-probe="([^"]*)"', opened.stdout)
     assert found, opened.stderr[-2000:]
     probe = json.loads(found[1].replace("&quot;", '"'))
-    assert len(probe["figures"]) >= len(PLOTS) - 1 and probe["width"] <= 1000 and probe["rows"] > 10
+    assert len(probe["figures"]) >= len(PLOTS) - 2 and probe["width"] <= 1000 and probe["rows"] > 10
     assert all(done and natural > 300 and wide > 500 and high > 100 for done, natural, wide, high in probe["figures"])
     assert "CONSOLE" not in opened.stderr
     asked = re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]*)"', log.read_text("utf-8", "replace"))
@@ -145,6 +148,15 @@ def test_plot_writes_files_and_refuses_what_is_not_there(cli, pair, tmp_path):
     cli("plot", pair[0], "--format", "gif").error(2, "the format is 'gif'", "png, svg, pdf")
     shutil.copytree(pair[0], tmp_path / "bare")
     cli("plot", tmp_path / "bare").error(2, "has no results yet", "headwater analyze")
+
+
+def test_results_of_another_run_at_the_same_path_are_left_out(pair, tmp_path):
+    shutil.copytree(pair[1], tmp_path / "run")
+    shutil.copytree(pair[1].with_name("run-20.analysis"), tmp_path / "run.analysis")
+    assert set(kept_results(tmp_path / "run").results) >= {"cosine", "lens"}
+    old = load(tmp_path / "run", "lens").load().assign_attrs(fingerprint="another")
+    save(tmp_path / "run", old)
+    assert "lens" not in kept_results(tmp_path / "run").results
 
 
 def test_context_rows_hold_the_tokens_around(pair):
