@@ -40,8 +40,8 @@ MAKE = {
     "statistics": lambda run: Sinks(run, "statistics", 0.3, 64, range(3), None),
     "norms": lambda run: Norms("resid", range(4), 96),
     "massive": lambda run: Massive(run, "resid", range(4)),
-    "heads": lambda run: Heads(run, range(3), 8, 64, 128),
-    "favourites": lambda run: Favourites(run, range(3), 8, np.arange(8, 512, 4), np.arange(31)),
+    "heads": lambda run: Heads(run, [1], 4, 16, 128),
+    "favourites": lambda run: Favourites(run, [0, 2], 8, np.arange(8, 512, 8), np.arange(31)),
 }
 
 
