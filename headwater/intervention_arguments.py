@@ -115,6 +115,7 @@ def _add_model(parser: Any) -> None:
         "--bos": ("", "put the beginning-of-text token in front"),
         "--compute": ("C", "fp32 or fp64 (default: fp32)"),
         "--out": ("NAME", "keep the results in NAME.analysis (default: beside --run, else here)"),
+        "--plot": ("DIR", "draw the results as .png files in DIR"),
     })  # fmt: skip
     parser.set_defaults(compute="fp32")
 

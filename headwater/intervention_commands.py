@@ -148,7 +148,7 @@ def _rows(options: Any, checkpoint: Any) -> tuple[Any, Any]:
 
 
 def _report(options: Any, found: Sequence[Any], checkpoint: Any) -> int:
-    """Keep results and print their figures."""
+    """Keep results, draw them where asked, and print their figures."""
     from headwater.analysis.intervention_figures import headline
     from headwater.analysis.results import save
 
@@ -157,6 +157,7 @@ def _report(options: Any, found: Sequence[Any], checkpoint: Any) -> int:
     for dataset in found:
         dataset.attrs |= {"model": checkpoint.name, "model_digest": checkpoint.digest}
         paths.append(save(home, dataset))
+    figures = _draw(options, found, home) if options.plot else []
     lines = [headline(dataset) for dataset in found]
     if options.json:
         print_json([{"analysis": d.attrs["analysis"], "path": str(path), "figures": figure}
@@ -167,7 +168,17 @@ def _report(options: Any, found: Sequence[Any], checkpoint: Any) -> int:
         for label, value in figure.items():
             print(f"  {label:34} {value if isinstance(value, str) else _shown(value)}")
         print(f"  kept in {path}")
+    for file in figures:
+        print(f"drew {file}")
     return DONE
+
+
+def _draw(options: Any, found: Sequence[Any], home: Path) -> list[Path]:
+    from headwater.analysis.plots import draw, save_figures
+    from headwater.analysis.results import RunResults
+
+    results = RunResults(home.name, {dataset.attrs["analysis"]: dataset for dataset in found}, home)
+    return save_figures(draw([results]), Path(options.plot))
 
 
 def _shown(value: Any) -> str:
