@@ -76,6 +76,32 @@ PLOTS = (
          "in the corpus; bands: bootstrap.", "output:coherence", together=False),
     Plot("weight_spectra", ("weights",), "Singular values of the weights by layer; dark: early, light: late.",
          "output:weight_spectra", together=False),
+    Plot("plateau_map", ("plateau",), "How wide the flat parts at both ends of the path are, by depth of the "
+         "state that is moved; a line has .2.",
+         "interventions:plateau_map", together=False),
+    Plot("plateau_curves", ("plateau",), "How far the output has gone along the path between two states, pair by pair.",
+         "interventions:plateau_curves", together=False),
+    Plot("plateau_parts", ("plateau_parts",), "The width of plateaus when a part of the model is frozen or "
+         "made linear.",
+         "interventions:plateau_parts", together=False),
+    Plot("plateau_heads", ("plateau_heads",), "Which heads change along the path, split into pattern, values and both.",
+         "interventions:plateau_heads", together=False),
+    Plot("saturation", ("plateau_heads",), "One head along the path: scores, pattern and output; the head whose "
+         "pattern moves most.",
+         "interventions:saturation", together=False),
+    Plot("jacobian", ("plateau_jacobian",), "How sensitive the output is to the state that is moved, along the path.",
+         "interventions:jacobian", together=False),
+    Plot("patching", ("patch",), "Share of the clean logit difference that each place restores.",
+         "interventions:patching", together=False),
+    Plot("ablation", ("ablate",), "Loss, attention on the first token and norms over the scale of the target.",
+         "interventions:ablation", together=False),
+    Plot("ablation_heads", ("ablate",), "Derivative of each head's first-token share by the scale, and its "
+         "share without the target.",
+         "interventions:ablation_heads", together=False),
+    Plot("effects", ("effects",), "What the loss loses without each head and MLP, directly and in total.",
+         "interventions:effects", together=False),
+    Plot("repeated", ("repeated",), "One token repeated: attention and norms of the first layers.",
+         "interventions:repeated", together=False),
 )  # fmt: skip
 
 
