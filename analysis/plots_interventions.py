@@ -87,7 +87,7 @@ def plateau_parts(runs: Sequence[RunResults]) -> Any:
 def plateau_heads(runs: Sequence[RunResults]) -> Any:
     """Draw the response of heads to the whole step: change of pattern, shares of the three terms, own-score curves."""
     data = runs[0].results["plateau_heads"].isel(depth=0)
-    figure, axes = make_figure(1, 3, height=1.1 * HEIGHT)
+    figure, axes = make_figure(1, 3, height=1.1 * HEIGHT, width_ratios=(1, 1, 1.3))
     change = data.pattern_change.isel(step=-1).mean("pair")
     heat(figure, axes[0, 0], change.transpose("layer", "head"), "½ Σ|Δp|", 0, 1)
     share = data.term_share.isel(step=-1).mean("pair").sel(term_of="pattern")
@@ -100,8 +100,8 @@ def plateau_heads(runs: Sequence[RunResults]) -> Any:
     one = data.isel(head=largest).mean("pair")
     for at, name in enumerate(data.moved.values):
         axes[0, 2].plot(data.alpha, one.own_score.sel(moved=name), color=colour_of(at), label=f"{name} moved")
-    axes[0, 2].plot(data.alpha, one.own_score_measured, ":", color="black", label="with LayerNorm at work")
-    axes[0, 2].set(title=f"own score, layer {int(data.depth)} head {largest}", xlabel="α", ylabel="score")
+    axes[0, 2].plot(data.alpha, one.own_score_measured, ":", color="black", label="LayerNorm on")
+    axes[0, 2].set(title=f"own score, head {int(data.depth)}.{largest}", xlabel="α", ylabel="score")
     legend(axes[0, 2])
     letter(axes)
     return figure
