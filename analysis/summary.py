@@ -36,6 +36,11 @@ def _cosine(d: Any) -> Figures:
     }
 
 
+def _norms(d: Any) -> Figures:
+    plain = d.sel(positions="all")
+    return {"norm": _round(plain.norm), "consecutive": _round(plain.consecutive)}
+
+
 def _cka(d: Any) -> Figures:
     return {
         f"consecutive_{positions}": _round(np.diagonal(d.cka.sel(positions=positions).values, 1))
@@ -156,6 +161,7 @@ def _favourites(d: Any) -> Figures:
 
 SUMMARIES: dict[str, Callable[[Any], Figures]] = {
     "cosine": _cosine,
+    "norms": _norms,
     "cka": _cka,
     "sinks": _sinks,
     "false_sinks": _false_sinks,

@@ -20,6 +20,7 @@ import numpy as np
 
 import headwater
 from headwater.benchmarks import faults
+from headwater.benchmarks.measure import write_csv
 from headwater.benchmarks.serving import Server
 from headwater.service.client import Client
 from headwater.store.entry import Entry, encode
@@ -40,12 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="times the server is killed (default 20)")
     parser.add_argument("--gigabytes", type=float, default=100, metavar="GB", help="of the large run (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="seed of places and moments (default 0)")
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
     options = parser.parse_args(arguments)
     wrong = 0
     for part in options.parts:
         with tempfile.TemporaryDirectory() as folder:
             found = {"readers": read_together, "kills": kill_often, "large": open_large}[part](Path(folder), options)
         print(f"{part}: {json.dumps(found)}")
+        if options.save:
+            print(write_csv(f"serve_{part}", [found]))
         wrong += found["wrong"]
     return 1 if wrong else 0
 

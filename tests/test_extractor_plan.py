@@ -172,7 +172,7 @@ def test_projected_memory_grows_with_what_is_asked():
 
 
 def test_free_disk_and_memory_are_those_of_this_machine(tmp_path):
-    assert 0 < free_disk(tmp_path / "not/there/yet") == free_disk(tmp_path)
+    assert 0 < free_disk(tmp_path / "not/there/yet") == pytest.approx(free_disk(tmp_path), rel=0.05)
     assert 0 < available_memory() < 1 << 50
     files = {"memory.max": "1000000000\n", "memory.current": "900000000\n", "memory.stat": "inactive_file 300000000\n"}
     for name, text in files.items():
