@@ -40,8 +40,8 @@ def massive_depth(runs: Sequence[RunResults]) -> Any:
     label = f"{lead} / n_layer" if several else lead
     axes[0, 0].set(title="largest activations (dotted: median)", ylabel="|x|", xlabel=label, yscale="log")
     axes[0, 1].set(title="largest |x| over the median |x| of its sequence", ylabel="ratio", xlabel=label, yscale="log")
-    for axis in axes[0]:
-        legend(axis, fontsize=6.5, loc="best")
+    legend(axes[0, 0], fontsize=6.5, loc="lower right")
+    legend(axes[0, 1], fontsize=6.5, loc="lower right", bbox_to_anchor=(1, 0.15))
     letter(axes)
     return figure
 

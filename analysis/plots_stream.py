@@ -129,6 +129,6 @@ def dimensions(runs: Sequence[RunResults]) -> Any:
     axes[0, 1].set(title="effective rank exp H(σ/Σσ), centred", ylabel="dimensions", yscale="log")
     for axis in axes[0]:
         axis.set(xlabel="depth / n_layer", xlim=(-0.03, 1.03))
-    legend(axes[0, 0])
+    legend(axes[0, 1] if len(runs) > 1 else axes[0, 0], fontsize=6.5)
     letter(axes)
     return figure

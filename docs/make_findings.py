@@ -293,7 +293,7 @@ The first step turns the stream most in both models. Whether the last one is a s
 
 {
         table(
-            ["", "strict", "large", "largest |x| by depth", "largest ratio", "largest lies in dimension", "made by"],
+            ["", "strict", "large", "largest size by depth", "largest ratio", "largest lies in dimension", "made by"],
             [massive_rows(run) for run in runs],
         )
     }
@@ -341,8 +341,8 @@ With a massive first position the raw ratio is near 1 and says little; without f
 
 {show("coherence")}
 
-Chance is .01 by construction. The corpus is the run's own tokens, which are few: a fraction is a lower bound for what a
-larger corpus would show. With {runs[-1].results["sinks"].sizes["layer"]} layers no p can be below
+Chance is .01 by construction. The corpus is the run's own tokens, which are few: another corpus gives other
+fractions. With {runs[-1].results["sinks"].sizes["layer"]} layers no p can be below
 {1 / runs[-1].results["sinks"].sizes["layer"]:.3f}.
 
 ## Do heads of a layer work against each other?
