@@ -185,7 +185,7 @@ def test_results_are_served_as_json_and_as_zarr(server, analysis_run):
     run = analysis_run("plain")
     result = sinks(run)
     save(run, result)
-    assert server.client.get("/runs/plain/about")["analyses"] == ["sinks"]
+    assert "sinks" in server.client.get("/runs/plain/about")["analyses"]
     shown = server.client.get("/runs/plain/results/sinks")
     name = next(n for n, v in result.data_vars.items() if v.dims[-2:] == ("layer", "head"))
     np.testing.assert_allclose(np.array(shown["variables"][name]["values"], float), result[name].values)
