@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headwater.benchmarks.bars import bars
-from headwater.benchmarks.registry import RESULTS
+from headwater.benchmarks.registry import BENCHMARKS, RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 Row = Mapping[str, str]
@@ -54,7 +54,7 @@ def newest(results: Path) -> list[str]:
     """Return the file names of the newest results of every benchmark that the page shows or lists."""
     found: dict[str, str] = {}
     for path in sorted(results.glob("*.csv")):
-        if match := DATED.fullmatch(path.name):
+        if (match := DATED.fullmatch(path.name)) and match[1] in BENCHMARKS:
             found[match[1]] = path.name
     return [found[name] for name in sorted(found, key=lambda n: (n not in SECTIONS, n))]
 
