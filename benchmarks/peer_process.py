@@ -13,9 +13,9 @@ import numpy as np
 
 from headwater.benchmarks.environments import DRIVERS, HEADWATER, Peer, PeerMissing
 from headwater.benchmarks.truth import Place
+from headwater.extractor.idle import IDLE_THREADS
 
 KEEP_MEMORY = {"MALLOC_TOP_PAD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
-THREADS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}  # as `headwater` sets for itself, for no other
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -27,9 +27,9 @@ class PeerProcess:
         self.workloads: list[str] = []
         environment = {**os.environ, **OFFLINE, **(KEEP_MEMORY if keep_memory else {})}
         if peer is HEADWATER:
-            environment |= THREADS
-        elif all(environment.get(name) == value for name, value in THREADS.items()):
-            environment = {name: value for name, value in environment.items() if name not in THREADS}
+            environment |= IDLE_THREADS
+        elif all(environment.get(name) == value for name, value in IDLE_THREADS.items()):
+            environment = {name: value for name, value in environment.items() if name not in IDLE_THREADS}
         command = [python, "-P", str(DRIVERS / "serve.py"), str(DRIVERS / peer.driver)]
         self.log = log
         self.process = subprocess.Popen(

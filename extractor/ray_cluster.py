@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headwater.extractor.idle import IDLE_THREADS
 from headwater.store.scratch import scratch_folder
 
 JOIN_SECONDS = 20
@@ -48,8 +49,7 @@ class Cluster:
 
     def hire(self, actor_class: type, threads: int, n_gpus: int, *arguments: Any) -> Any:
         """Start an actor that has `threads` processor threads to itself; it is not restarted when it dies."""
-        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        variables["GOMP_SPINCOUNT"] = "10000"
+        variables = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **IDLE_THREADS}
         variables |= proxies() if self.local else {}
         options = {"num_cpus": 1 if self.local else threads, "num_gpus": n_gpus, "max_restarts": 0,
                    "runtime_env": {"env_vars": variables}}  # fmt: skip

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 
 from headwater.arguments import read_arguments
 from headwater.commands import DONE, FAILED
+from headwater.extractor.idle import IDLE_THREADS
 
 REFUSED, INTERRUPTED = 2, 130
 
@@ -44,8 +45,8 @@ def settle_threads() -> None:
 
     *Measured*: a sleep between any two operations makes attention on two threads take 53 ms where it takes 39 ms.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    for name, value in IDLE_THREADS.items():
+        os.environ.setdefault(name, value)
 
 
 def explain(error: Exception) -> str:
