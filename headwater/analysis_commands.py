@@ -47,6 +47,7 @@ def run_on_pool(options: Any) -> int:
 
 def run_analyze(options: Any) -> int:
     """Analyse runs one after another; print what was found, where it is kept, and what was skipped and why."""
+    from headwater.analysis.suite import analyze
     from headwater.analysis.summary import summarise
     from headwater.progress import ScanReporter
     from headwater.store.reader import open_run
@@ -57,7 +58,7 @@ def run_analyze(options: Any) -> int:
     for run in runs:
         reporter = ScanReporter(sys.stderr, str(run.path))
         try:
-            outcome = analyze_run(run, names, given, read_scan(options, reporter), options.again)
+            outcome = analyze(run, names, given, read_scan(options, reporter), options.again)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("What was read is kept: run the same command again to go on.") from None
         finally:
@@ -70,13 +71,6 @@ def run_analyze(options: Any) -> int:
     if options.json:
         print_json(found)
     return DONE
-
-
-def analyze_run(run: Any, names: list[str], given: dict[str, Any], scan: Any, again: bool) -> Outcome:
-    """Call `analyze`; a value that only the run can refuse names the flag."""
-    from headwater.analysis.suite import analyze
-
-    return analyze(run, names, given, scan, again)
 
 
 def _print_outcome(path: str, outcome: Outcome, figures: dict[str, dict[str, Any]]) -> None:
@@ -144,6 +138,7 @@ def run_plot(options: Any) -> int:
 def run_report(options: Any) -> int:
     """Analyse what is not analysed yet, and write one page about it; print its path."""
     from headwater.analysis.report import report
+    from headwater.analysis.suite import analyze
     from headwater.progress import ScanReporter
     from headwater.store.reader import open_run
 
@@ -153,7 +148,7 @@ def run_report(options: Any) -> int:
     for run, label in zip(opened, labels(options.runs), strict=True):
         reporter = ScanReporter(sys.stderr, str(run.path))
         try:
-            outcome = analyze_run(run, [], given, read_scan(options, reporter), options.again)
+            outcome = analyze(run, [], given, read_scan(options, reporter), options.again)
         finally:
             reporter.close()
         skipped[label] = outcome.skipped
