@@ -14,7 +14,7 @@ import xarray
 import zarr
 
 import headwater
-from headwater.analysis.results import save
+from headwater.analysis.results import kept_results, save
 from headwater.analysis.sinks import sinks
 from headwater.benchmarks.serving import Server
 
@@ -185,7 +185,8 @@ def test_results_are_served_as_json_and_as_zarr(server, analysis_run):
     run = analysis_run("plain")
     result = sinks(run)
     save(run, result)
-    assert "sinks" in server.client.get("/runs/plain/about")["analyses"]
+    analyses = server.client.get("/runs/plain/about")["analyses"]
+    assert "sinks" in analyses and analyses == list(kept_results(run).results)
     shown = server.client.get("/runs/plain/results/sinks")
     name = next(n for n, v in result.data_vars.items() if v.dims[-2:] == ("layer", "head"))
     np.testing.assert_allclose(np.array(shown["variables"][name]["values"], float), result[name].values)
