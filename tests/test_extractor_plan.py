@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from headwater.extractor import machine
 from headwater.extractor import plan as module
 from headwater.extractor.config import RunConfig
 from headwater.extractor.plan import Geometry, available_memory, check_resources, free_disk, geometry, make_plan
@@ -180,9 +181,9 @@ def test_free_disk_and_memory_are_those_of_this_machine(tmp_path, monkeypatch):
     files = {"memory.max": "1000000000\n", "memory.current": "900000000\n", "memory.stat": "inactive_file 300000000\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert module._room(str(tmp_path), "memory.max", "memory.current", "inactive_file") == 4 * 10**8
+    assert machine._room(str(tmp_path), "memory.max", "memory.current", "inactive_file") == 4 * 10**8
     (tmp_path / "memory.max").write_text("max\n")
-    assert module._room(str(tmp_path), "memory.max", "memory.current", "inactive_file") > 1 << 50
+    assert machine._room(str(tmp_path), "memory.max", "memory.current", "inactive_file") > 1 << 50
     assert free_disk(Path("/")) > 0
 
 
