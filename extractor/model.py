@@ -36,7 +36,7 @@ def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
     if x.dtype in (torch.bfloat16, torch.float16):
         return torch.ops.aten.gelu_(x, approximate="tanh")  # type: ignore[no-any-return]
     twice = 2 * math.sqrt(2 / math.pi)
-    return x.mul_((x * x).mul_(0.044715 * twice).add_(twice).mul_(x).sigmoid_())
+    return x.mul_(torch.addcmul(x.new_tensor(twice), x, x, value=0.044715 * twice).mul_(x).sigmoid_())
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

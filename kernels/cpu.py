@@ -98,49 +98,74 @@ def _attend_rows(
     values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
     torch.bmm(pattern, v_NTH[:, keys], out=values)
     z_BTNH[b, rows] = values.transpose(0, 1)
-    if peaks:
-        _fill_peaks(b, block, scores, pattern, block.hidden is not None or on_scores is not None, wanted)
     if wanted:
-        _fill_statistics(b, block, pattern, row_start_T, wanted)
+        if peaks and (block.hidden is not None or on_scores is not None):
+            (scores if block.hidden is not None else scores[:, :, -n_rows:]).clamp_(min=LOWEST)
+        _fill_reductions(b, block, scores if peaks else None, pattern, wanted)
+        _fill_points(b, block, pattern, row_start_T, wanted)
+        if block.empty is not None:
+            for name in wanted.keys() & set(ROW_STATISTICS):
+                wanted[name][b, :, block.first + block.empty] = -1 if name == "attn_argmax" else 0
     if on_pattern is not None:
         on_pattern(b, block, pattern)
 
 
-def _fill_peaks(
-    b: int,
-    block: RowBlock,
-    scores_NQK: torch.Tensor,
-    pattern_NQK: torch.Tensor,
-    hidden: bool,
-    wanted: dict[str, torch.Tensor],
+def _fill_reductions(
+    b: int, block: RowBlock, scores_NQK: torch.Tensor | None, pattern_NQK: torch.Tensor, wanted: dict[str, torch.Tensor]
 ) -> None:
-    """Find each row's largest probability, its key, and its entropy; `scores_NQK`, −inf where `hidden`, is used up.
+    """Reduce one row block to what needs every key: largest probability, its key, entropy, mean distance, column sums.
 
-    Entropy needs no logarithm of the pattern: H = max s − ln max p − Σ p s. numpy's argmax and vecdot vectorise where
-    torch's do not; the heads are shared among as many threads as torch has.
+    numpy's argmax and vecdot vectorise where torch's do not; the heads are shared among as many threads as torch has.
+    Entropy needs no logarithm of the pattern: H = max s − ln max p − Σ p s. `scores_NQK`, at least LOWEST, are needed
+    for all that depends on the largest.
     """
-    n_head, n_rows, _ = scores_NQK.shape
-    if hidden:
-        (scores_NQK if block.hidden is not None else scores_NQK[:, :, -n_rows:]).clamp_(min=LOWEST)
-    place = torch.empty(n_head, n_rows, dtype=torch.int64)
-    mean_score = torch.empty(n_head, n_rows, dtype=scores_NQK.dtype)
-    scores, pattern, places, means = (x.numpy() for x in (scores_NQK, pattern_NQK, place, mean_score))
+    n_head, n_rows, n_keys = pattern_NQK.shape
+    rows, of_rows = slice(block.first, block.last), (n_head, n_rows)
+    place = torch.empty(of_rows, dtype=torch.int64)
+    mean_score, mean_back = (torch.empty(of_rows, dtype=pattern_NQK.dtype) for _ in range(2))
+    pattern, places, mean_scores, mean_backs = (x.numpy() for x in (pattern_NQK, place, mean_score, mean_back))
+    scores = pattern if scores_NQK is None else scores_NQK.numpy()
+    back = np.arange(n_keys, 0, -1, dtype=pattern.dtype)
+    entropy, distance = "attn_entropy" in wanted, "attn_distance" in wanted
 
     def reduce(heads: slice) -> None:
-        np.argmax(scores[heads], -1, out=places[heads])
-        if "attn_entropy" in wanted:
-            np.vecdot(pattern[heads], scores[heads], out=means[heads])
+        if scores_NQK is not None:
+            np.argmax(scores[heads], -1, out=places[heads])
+        if entropy:
+            np.vecdot(pattern[heads], scores[heads], out=mean_scores[heads])
+        if distance:
+            np.vecdot(pattern[heads], back, out=mean_backs[heads])
 
-    _share(reduce, n_head)
-    rows = slice(block.first, block.last)
-    largest = pattern_NQK.gather(2, place[..., None])[..., 0]
+    if scores_NQK is not None or distance:
+        _share(reduce, n_head)
+    if "attn_received" in wanted:
+        wanted["attn_received"][b, :, block.key : block.last].add_(pattern_NQK.sum(1))
+    if distance:
+        away = mean_back + (torch.arange(block.first, block.last) - block.last)
+        wanted["attn_distance"][b, :, rows] = away.clamp_(min=0)
+    if scores_NQK is not None:
+        _fill_peaks(b, rows, block.key, place, mean_score, scores_NQK, pattern_NQK, wanted)
+
+
+def _fill_peaks(
+    b: int,
+    rows: slice,
+    key: int,
+    place_NQ: torch.Tensor,
+    mean_score_NQ: torch.Tensor,
+    scores_NQK: torch.Tensor,
+    pattern_NQK: torch.Tensor,
+    wanted: dict[str, torch.Tensor],
+) -> None:
+    """Store each row's largest probability, its key and its entropy, from the place of the largest and Σ p s."""
+    largest = pattern_NQK.gather(2, place_NQ[..., None])[..., 0]
     if "attn_argmax" in wanted:
-        wanted["attn_argmax"][b, :, rows] = place + block.key
+        wanted["attn_argmax"][b, :, rows] = place_NQ + key
     if "attn_max" in wanted:
         wanted["attn_max"][b, :, rows] = largest
     if "attn_entropy" in wanted:
-        score = scores_NQK.gather(2, place[..., None])[..., 0]
-        wanted["attn_entropy"][b, :, rows] = (score - largest.log().clamp_(min=LOWEST) - mean_score).clamp_(min=0)
+        score = scores_NQK.gather(2, place_NQ[..., None])[..., 0]
+        wanted["attn_entropy"][b, :, rows] = (score - largest.log().clamp_(min=LOWEST) - mean_score_NQ).clamp_(min=0)
 
 
 def _share(function: Callable[[slice], None], n: int) -> None:
@@ -158,24 +183,6 @@ def _share(function: Callable[[slice], None], n: int) -> None:
 def _threads(n: int, process: int) -> ThreadPoolExecutor:
     """Return a pool of n threads; one per process, for a fork has the object but not its threads."""
     return ThreadPoolExecutor(n, thread_name_prefix=f"headwater-{process}")
-
-
-def _fill_statistics(
-    b: int, block: RowBlock, pattern_NQK: torch.Tensor, row_start_T: torch.Tensor, wanted: dict[str, torch.Tensor]
-) -> None:
-    """Reduce one row block of probabilities to mean distance, point masses and column sums."""
-    rows, n_keys = slice(block.first, block.last), pattern_NQK.shape[2]
-    query = torch.arange(block.first, block.last)
-    if "attn_distance" in wanted:
-        back = torch.arange(n_keys, 0, -1, dtype=pattern_NQK.dtype)[:, None]
-        mean_back = torch.mm(pattern_NQK.view(-1, n_keys), back).view(pattern_NQK.shape[:2])
-        wanted["attn_distance"][b, :, rows] = (mean_back + (query - block.last)).clamp_(min=0)
-    _fill_points(b, block, pattern_NQK, row_start_T, wanted)
-    if block.empty is not None:
-        for name in wanted.keys() & set(ROW_STATISTICS):
-            wanted[name][b, :, block.first + block.empty] = -1 if name == "attn_argmax" else 0
-    if "attn_received" in wanted:
-        wanted["attn_received"][b, :, block.key : block.last].add_(pattern_NQK.sum(1))
 
 
 def _fill_points(
