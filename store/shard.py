@@ -36,7 +36,10 @@ def crc32c(data: object) -> bytes:
 
 def page_buffer(n_bytes: int) -> np.ndarray:
     """Allocate page-aligned uint8 memory with room for `n_bytes`, a checksum and padding to whole pages."""
-    return np.frombuffer(mmap.mmap(-1, round_up(n_bytes + CRC_BYTES)), np.uint8)
+    memory = mmap.mmap(-1, round_up(n_bytes + CRC_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 def encode_index(entries: np.ndarray) -> bytes:
@@ -116,7 +119,9 @@ class ShardWriter:
         if self._scratch is None or len(self._scratch) < round_up(len(data) + CRC_BYTES):
             self._scratch = page_buffer(len(data))
         self._scratch[: len(data)] = data
-        self._append(index, self._scratch, len(data))
+        pages = self._scratch[: round_up(len(data) + CRC_BYTES)]
+        self._seal([index], pages[None], len(data))
+        self._write(pages, self._end - pages.size)
 
     def put_pages(self, indices: Sequence[Sequence[int]], pages: np.ndarray, n_bytes: int) -> None:
         """Append chunks that lie in the rows of `pages` (uint8 [n, whole pages]), raw ones without copying them."""
@@ -124,9 +129,7 @@ class ShardWriter:
             for index, row in zip(indices, pages, strict=True):
                 self.put(index, row[:n_bytes])
             return
-        for index, row in zip(indices, pages, strict=True):
-            self._seal(index, row, n_bytes, self._end)
-            self._end += pages.shape[1]
+        self._seal(indices, pages, n_bytes)
         self._write(pages.reshape(-1), self._end - pages.size)
 
     def commit(self) -> tuple[int, int]:
@@ -153,23 +156,20 @@ class ShardWriter:
             self._file = -1
         self.path.unlink(missing_ok=True)
 
-    def _append(self, index: Sequence[int], pages: np.ndarray, n_bytes: int) -> None:
-        padded = round_up(n_bytes + CRC_BYTES)
-        self._seal(index, pages[:padded], n_bytes, self._end)
-        self._end += padded
-        self._write(pages[:padded], self._end - padded)
-
-    def _seal(self, index: Sequence[int], row: np.ndarray, n_bytes: int, offset: int) -> None:
-        """Note where a chunk goes, and put its checksum and zeros behind it."""
-        flat = int(np.ravel_multi_index(tuple(index), self.grid))
-        if self._index[flat, 0] != MISSING:
-            raise ValueError(f"chunk {tuple(index)} of {self.path.name} was written twice; each chunk is put once")
+    def _seal(self, indices: Sequence[Sequence[int]], pages: np.ndarray, n_bytes: int) -> None:
+        """Note where chunks go that lie in the rows of `pages`, and put a checksum and zeros behind each."""
+        flat = np.ravel_multi_index(tuple(np.asarray(indices).T), self.grid)
+        if (self._index[flat, 0] != MISSING).any() or len(set(flat.tolist())) < len(flat):
+            raise ValueError(f"a chunk of {self.path.name} among {list(indices)} was written twice; each is put once")
+        n, padded = pages.shape
         stored = n_bytes + CRC_BYTES
-        check = crc32c(row[:n_bytes])
-        row[n_bytes:stored] = np.frombuffer(check, np.uint8)
-        row[stored:] = 0
-        self._index[flat] = (offset, stored)
-        self._crc = int(google_crc32c.extend(self._crc, check))
+        checks = np.array([google_crc32c.value(data) for data in pages[:, :n_bytes]], "<u4")
+        pages[:, n_bytes:stored] = checks.view(np.uint8).reshape(n, CRC_BYTES)
+        pages[:, stored:] = 0
+        self._index[flat, 0] = self._end + padded * np.arange(n, dtype=np.uint64)
+        self._index[flat, 1] = stored
+        self._crc = int(google_crc32c.extend(self._crc, checks.tobytes()))
+        self._end += pages.size
 
     def _write(self, pages: np.ndarray, offset: int) -> None:
         view = memoryview(pages.data)
