@@ -1,7 +1,8 @@
 """Simulate a cluster from the costs of a block: how far it scales, and what saturates first.
 
-`python -m headwater.benchmarks.simulate_cluster` prints a table over numbers of GPUs. Nothing here is measured on a
-GPU or a cluster; every assumption is a flag with its default and where that comes from.
+`python -m headwater.benchmarks.simulate_cluster` prints a table over numbers of workers. What a block costs a worker
+with one processor, and the driver, are by default the newest figures of `headwater.benchmarks workers`; what a GPU,
+a network and an object store cost is assumed. Every one is a flag that says where its default comes from.
 
 The model: workers compute blocks, each of `--block-seconds` × a lognormal spread. When one ends, its bytes go through
 the node's network (`--node-bandwidth`, shared by `--gpus-per-node` workers) and the store (`--store-bandwidth`, shared
@@ -13,15 +14,21 @@ two of its blocks are under way. Workers die every `--mtbf-hours` and lose the b
 from __future__ import annotations
 
 import argparse
+import csv
 import heapq
 import itertools
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from headwater.benchmarks.registry import RESULTS
+
 IN_FLIGHT = 2
+BLOCK_TOKENS = 16_384
 START_SECONDS = 30.0
 
 
@@ -109,15 +116,27 @@ def limits(costs: Costs) -> dict[str, float]:
     }
 
 
+def measured(folder: Path) -> tuple[str, float, float]:
+    """Return the newest results of `workers`: file, tokens a second of one worker, the driver's seconds a block."""
+    path = max(folder.glob("workers-*.csv"))
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(r["tokens_per_second"]) for r in rows if r["case"] != "tiny blocks" and r["workers"] == "1"]
+    (tiny,) = (float(r["driver_ms"]) for r in rows if r["case"] == "tiny blocks")
+    return path.name, statistics.median(rates), tiny / 1e3
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table."""
+    source, tokens_per_second, driver_seconds = measured(RESULTS)
     parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks.simulate_cluster", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--block-seconds", type=float, default=4.0, help="computation of a block (assumed)")
+    add("--block-seconds", type=float, default=round(BLOCK_TOKENS / tokens_per_second, 2),
+        help=f"computation of a block of 16,384 tokens (measured on one processor: {source})")
     add("--block-bytes", type=float, default=80e6, help="16,384 tokens × 5 kB: statistics of GPT-2 small")
     add("--spread", type=float, default=0.1, help="deviation of the logarithm of that (assumed)")
-    add("--driver-seconds", type=float, default=0.010, help="assumed; see `headwater.benchmarks workers`")
+    add("--driver-seconds", type=float, default=round(driver_seconds, 5), help=f"measured: {source}")
     add("--entry-seconds", type=float, default=0.05, help="latency of an entry's PUT (assumed: 50 ms)")
     add("--entries-per-second", type=float, default=3500, help="PUTs a second of one prefix (S3's documented rate)")
     add("--node-bandwidth", type=float, default=3e9, help="bytes a second of a node's network (assumed: 25 Gbit/s)")
@@ -135,8 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         r = simulate(costs, n, n_blocks)
         print(f"{n:7} {r['seconds']:10,.0f} {alone / r['seconds']:9.1f} {r['gpu']:10.1%} {r['driver']:9.1%}"
               f"{r['ledger']:9.1%}{r['network']:9.1%}{r['store']:9.1%}{r['lost']:9.0f}")  # fmt: skip
-    found = limits(costs)
-    print("busy all the time with: " + ", ".join(f"{name} {n:,.0f} workers" for name, n in found.items()))
+    found = {name: n / costs.block_seconds for name, n in limits(costs).items()}
+    print("busy all the time at: " + ", ".join(f"{name} {rate:,.0f} blocks/s" for name, rate in found.items()))
+    print("with workers: " + ", ".join(f"{name} {rate * costs.block_seconds:,.0f}" for name, rate in found.items()))
     return 0
 
 
