@@ -90,7 +90,7 @@ def write_csv(
     if keys and path.exists():
         replaced = {tuple(str(row[key]) for key in keys) for row in rows}
         with path.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in replaced]
+            old = [row for row in csv.DictReader(file) if tuple(row.get(key, "") for key in keys) not in replaced]
         full = [*old, *full]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(column for row in full for column in row)))

@@ -169,14 +169,13 @@ def _fill_peaks(
 
 
 def _share(function: Callable[[slice], None], n: int) -> None:
-    """Call a function on slices of range(n), in parallel on torch's number of threads."""
+    """Call a function on slices of range(n), in parallel on torch's number of threads, this one among them."""
     n_threads = min(torch.get_num_threads(), n)
-    if n_threads == 1:
-        function(slice(0, n))
-        return
-    bounds = [n * i // n_threads for i in range(n_threads + 1)]
-    for done in _threads(n_threads, os.getpid()).map(function, map(slice, bounds[:-1], bounds[1:])):
-        assert done is None
+    slices = [slice(n * i // n_threads, n * (i + 1) // n_threads) for i in range(n_threads)]
+    others = [_threads(n_threads - 1, os.getpid()).submit(function, part) for part in slices[1:]]
+    function(slices[0])
+    for other in others:
+        other.result()
 
 
 @lru_cache(maxsize=2)
