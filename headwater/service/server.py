@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import uvicorn
 
@@ -26,7 +25,7 @@ CONNECTIONS = 2000
 def serve(settings: Settings) -> None:
     """Serve until a signal ends it; raise ValueError where the root is served already or the port is taken."""
     settings.state.mkdir(mode=0o700, exist_ok=True)
-    with _one_server(settings.state / "server.lock"), _listen(settings) as listener:
+    with _one_server(settings), _listen(settings) as listener:
         port = listener.getsockname()[1]
         settings = Settings(**{**vars(settings), "port": port})
         with closing(JobQueue(settings.state / "jobs.sqlite")) as jobs:
@@ -64,15 +63,15 @@ def _say(settings: Settings, resumed: int) -> None:
 
 
 @contextmanager
-def _one_server(path: Path) -> Iterator[None]:
-    """Hold the root's lock, which dies with the process."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _one_server(settings: Settings) -> Iterator[None]:
+    """Hold the lock of the root's queue, which dies with the process."""
+    handle = os.open(settings.state / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{path.parent.parent} is served already, by process {os.pread(handle, 20, 0).decode()}. One root has "
+                f"{settings.root} is served already, by process {os.pread(handle, 20, 0).decode()}. One root has "
                 "one server: use that one, or stop it."
             ) from None
         os.ftruncate(handle, 0)

@@ -15,6 +15,7 @@ from headwater.extractor.units import show_bytes
 from headwater.service.catalog import complete_mask
 from headwater.service.places import NotHereError
 from headwater.service.settings import Limits
+from headwater.store.place import for_zarr
 from headwater.store.reader import Run
 
 DIMS = ("sequence", "layer", "depth", "head", "position", "selected_position", "query", "key", "rank", "d_model",
@@ -109,7 +110,7 @@ def read_array(run: Run, name: str, key: tuple[int | slice, ...]) -> np.ndarray:
         return run[name][key]
     import zarr
 
-    return np.asarray(zarr.open_array(run.path / name, mode="r")[key])
+    return np.asarray(zarr.open_array(for_zarr(run.path / name), mode="r")[key])
 
 
 def choose(dim: str, text: str, labels: np.ndarray) -> tuple[slice, bool]:
