@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from headwater.store.objects import ObjectPath, is_url
 from headwater.store.writer import INTERNAL
 
 REQUESTS = 32
+QUIET_SECONDS = 3.0
 
 Place = Path | ObjectPath
 A = TypeVar("A")
@@ -47,6 +49,24 @@ def create_whole(run: Place, name: str, data: bytes) -> bool:
     if isinstance(run, ObjectPath):
         return (run / name).create(data)
     return create_durably(run / name, data, _temporary(run, name))
+
+
+def quiet_mark(folder: Place) -> str | None:
+    """Return a mark of what a folder holds, the same as long as nothing is added or removed; None where none is sure.
+
+    A folder that was changed a moment ago may be changed again within the same tick of its clock.
+    """
+    if isinstance(folder, ObjectPath):
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a network file system asks again at each open
+    except FileNotFoundError:
+        return ""
+    try:
+        stat = os.fstat(handle)
+    finally:
+        os.close(handle)
+    return f"{stat.st_ino} {stat.st_mtime_ns}" if time.time() - stat.st_mtime > QUIET_SECONDS else None
 
 
 def names_in(folder: Place) -> Iterator[str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import fastapi
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
@@ -33,6 +35,7 @@ from headwater.store.objects import StoreError
 
 PAGE = files("headwater.service") / "page"
 EVENT_SECONDS, BEAT_SECONDS = 0.2, 15.0
+PLANS = 8
 Name = Annotated[str, fastapi.Path(max_length=1000, description="a run, by its path under the server's root")]
 Place = Annotated[int, Query(ge=0, le=2**31 - 1)]
 Selected = Annotated[str | None, Query(pattern=slices.RANGE, description='a number, or a range such as "2:5"')]
@@ -121,18 +124,23 @@ def _add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
 
 
 def _add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executor) -> None:
+    waiting = CapacityLimiter(PLANS)  # apart from the threads that read, since planning takes long
+
+    async def price_of(kind: str, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return await run_sync(executor.plan, kind, document, limiter=waiting)
+
     @app.post("/plan")
-    def plan_job(submission: Submission) -> dict[str, Any]:
+    async def plan_job(submission: Submission) -> dict[str, Any]:
         """Say what a job would cost; nothing is queued."""
-        run, price = executor.plan(submission.kind, read_document(submission.document))
+        run, price = await price_of(submission.kind, await run_sync(read_document, submission.document))
         return {"kind": submission.kind, "run": run, "price": price}
 
     @app.post("/jobs", status_code=201, responses={200: {"description": "the same job waits or runs already"}})
-    def submit_job(submission: Submission, response: Response) -> dict[str, Any]:
+    async def submit_job(submission: Submission, response: Response) -> dict[str, Any]:
         """Plan a job, and queue it; the same one that waits or runs already is returned instead of a second."""
-        document = read_document(submission.document)
-        run, price = executor.plan(submission.kind, document)
-        job, new = executor.submit(submission.kind, document, run, price)
+        document = await run_sync(read_document, submission.document)
+        run, price = await price_of(submission.kind, document)
+        job, new = await run_sync(executor.submit, submission.kind, document, run, price)
         response.status_code = 201 if new else 200
         return job.to_json()
 

@@ -167,7 +167,7 @@ class Catalog:
             "model_config": m.model["config"], "model_digest": m.model["digest"],
             "made_by": m.made_by, "sources": sources, "packing": m.text["packing"], "text_digest": m.text["digest"],
             "coordinates": {d: run.leads(s.name) for s in m.arrays if (d := s.axis) is not None}
-            | ({"head": run.plain("head").tolist()} if (run.path / "head").is_dir() else {}),
+            | ({} if (heads := run.coordinate("head")) is None else {"head": heads.tolist()}),
             "labels": [label for label in folders_in(run.path) if label.startswith("label_")],
             "tokenizer": (run.path / "tokenizer.json").is_file(),
             "analyses": self.analyses(name), "incomplete": missing_ranges(run),
@@ -222,8 +222,8 @@ def source_name(path: str) -> str:
 
 def complete_mask(run: Run, first: int, last: int) -> np.ndarray:
     """Say of the sequences [first, last) which are committed, from the ledger."""
-    committed, block = run.ledger.committed(), run.manifest.block
-    return np.array([s // block in committed for s in range(first, last)], bool)
+    block = run.manifest.block
+    return run.ledger.holds(first // block, -(-last // block))[np.arange(first, last) // block - first // block]
 
 
 def missing_ranges(run: Run, most: int = 100) -> list[tuple[int, int]]:

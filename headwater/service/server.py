@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import uvicorn
+from anyio.to_thread import current_default_thread_limiter
 
 from headwater.extractor.units import count, show_bytes
 from headwater.service.app import make_app
@@ -18,8 +19,11 @@ from headwater.service.catalog import Catalog
 from headwater.service.executor import Executor
 from headwater.service.job_queue import JobQueue
 from headwater.service.settings import Settings
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place
 
 CONNECTIONS = 2000
+STORE_THREADS = 40
 
 
 def serve(settings: Settings) -> None:
@@ -37,13 +41,21 @@ def serve(settings: Settings) -> None:
             )  # fmt: skip
             try:
                 _say(settings, executor.start())
-                _Server(config).run(sockets=[listener])
+                _Server(config, threads_for(settings.root)).run(sockets=[listener])
             finally:
                 executor.close()
 
 
 class _Server(uvicorn.Server):
     """A server that leaves KeyboardInterrupt to whoever started it, and ends once."""
+
+    def __init__(self, config: uvicorn.Config, threads: int) -> None:
+        super().__init__(config)
+        self._threads = threads
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        current_default_thread_limiter().total_tokens = self._threads
+        await super().serve(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -53,6 +65,14 @@ class _Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def threads_for(root: Place) -> int:
+    """Return how many requests may be worked on at once.
+
+    Where they compute, more threads than processors only take turns, and take them from the thread that answers.
+    """
+    return STORE_THREADS if isinstance(root, ObjectPath) else (os.cpu_count() or 1) + 2
 
 
 def _say(settings: Settings, resumed: int) -> None:
