@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, for_zarr, place_of
+from headwater.store.place import Place, for_zarr, groups_in, place_of
 from headwater.store.reader import Run, open_run
 
 
@@ -37,23 +37,17 @@ def kept_results(run: Run | str | Path, label: str | None = None) -> RunResults:
     Results of another run that lay at the same path before are left out.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    folder = analysis_folder(run)
-    if isinstance(folder, ObjectPath):
-        inside = [str(item.relative_to(folder)) for item in folder.iterdir()]
-        names = [name.partition("/")[0] for name in inside if name.count("/") == 1 and name.endswith("/zarr.json")]
-    else:
-        names = [path.parent.name for path in folder.glob("[!.]*/zarr.json")]
-    found = {name: load(run, name) for name in sorted(names)}
+    found = {name: load(run, name) for name in groups_in(analysis_folder(run))}
     own = {name: one for name, one in found.items() if one.attrs.get("fingerprint") == run.manifest.fingerprint}
     return RunResults(label or run.path.resolve().name, own, run.path)
 
 
-def analysis_path(run: Run | str | Path, name: str) -> Place:
+def analysis_path(run: Run | str | Place, name: str) -> Place:
     """Return where an analysis of a run is kept: `RUN.analysis/<name>`."""
     return analysis_folder(run) / name
 
 
-def analysis_folder(run: Run | str | Path) -> Place:
+def analysis_folder(run: Run | str | Place) -> Place:
     """Return the folder of a run's results, `RUN.analysis`."""
     path = (run.path if isinstance(run, Run) else place_of(run)).resolve()
     return path.with_name(f"{path.name}.analysis")
@@ -108,7 +102,7 @@ def provenance(run: Run, name: str, arguments: Mapping[str, Any], passes: int, c
     }
 
 
-def save(run: Run | str | Path, dataset: Any) -> Place:
+def save(run: Run | str | Place, dataset: Any) -> Place:
     """Write a result to `analysis_path(run, dataset.attrs["analysis"])`, in place of an older one; return the path."""
     return save_at(analysis_path(run, dataset.attrs["analysis"]), dataset)
 
@@ -116,7 +110,8 @@ def save(run: Run | str | Path, dataset: Any) -> Place:
 def save_at(target: Place, dataset: Any) -> Place:
     """Write a result as a Zarr group at a path, in place of an older one; return the path."""
     if isinstance(target, ObjectPath):
-        _write(dataset, target.zarr_store(read_only=False))
+        alone = ObjectPath(str(target))  # zarr would make groups of the prefixes above, beside other runs
+        _write(dataset, alone.zarr_store(read_only=False))
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))

@@ -14,14 +14,14 @@ from typing import Any
 
 from headwater.service.client import Client
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 LIMIT = 180.0
 
 
 class Server:
     """A server process on a free port; use it as a context manager."""
 
-    def __init__(self, root: Path, *flags: str) -> None:
+    def __init__(self, root: Path | str, *flags: str) -> None:
         self.root, self.flags, self.port = root, flags, free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url)
@@ -42,7 +42,8 @@ class Server:
     def start(self) -> None:
         """Start the process, and wait until it answers."""
         command = [sys.executable, "-m", "headwater.cli", "serve", str(self.root), "--port", str(self.port)]
-        self._process = subprocess.Popen([*command, *self.flags], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        environment = {**os.environ, **ENVIRONMENT}
+        self._process = subprocess.Popen([*command, *self.flags], env=environment, stderr=subprocess.PIPE, text=True)
         end = time.monotonic() + LIMIT
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > end:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headwater.commands import DONE
 from headwater.intervention_arguments import add_ablate, add_patch, add_plateau
 from headwater.show import print_json
+
+if TYPE_CHECKING:
+    from headwater.store.place import Place
 
 NAMES = ("plateau", "patch", "ablate")
 
@@ -151,8 +154,9 @@ def _report(options: Any, found: Sequence[Any], checkpoint: Any) -> int:
     """Keep results, draw them where asked, and print their figures."""
     from headwater.analysis.intervention_figures import headline
     from headwater.analysis.results import save
+    from headwater.store.place import place_of
 
-    home = Path(options.out or getattr(options, "run", None) or options.parser.prog.split()[-1])
+    home = place_of(options.out or getattr(options, "run", None) or options.parser.prog.split()[-1])
     paths = []
     for dataset in found:
         dataset.attrs |= {"model": checkpoint.name, "model_digest": checkpoint.digest}
@@ -173,7 +177,7 @@ def _report(options: Any, found: Sequence[Any], checkpoint: Any) -> int:
     return DONE
 
 
-def _draw(options: Any, found: Sequence[Any], home: Path) -> list[Path]:
+def _draw(options: Any, found: Sequence[Any], home: Place) -> list[Path]:
     from headwater.analysis.plots import draw, save_figures
     from headwater.analysis.results import RunResults
 

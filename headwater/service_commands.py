@@ -36,7 +36,7 @@ def add_commands(group: Any, make: Any) -> None:
     """Add the arguments of the commands of the service."""
     serve = make(group, "serve", run_serve, "serve the runs in a directory: data, jobs, and a page")
     serve.description = SERVE
-    serve.add_argument("root", metavar="ROOT", help="directory that holds the runs")
+    serve.add_argument("root", metavar="ROOT", help="directory, or s3://bucket/prefix, that holds the runs")
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen at (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="port, 0 for any free one (default: 8000)")
     serve.add_argument("--token-file", metavar="FILE", help="file with the token that requests must carry; made where "
@@ -50,6 +50,9 @@ def add_commands(group: Any, make: Any) -> None:
     serve.add_argument("--memory", type=float, metavar="GB", help="memory that jobs may take together (default: "
                                                                   "0.8 of what is available)")
     serve.add_argument("--parallel", type=int, default=1, metavar="N", help="jobs that run at once (default: 1)")
+    serve.add_argument("--state", metavar="DIR", help="directory for the queue and for texts and models of jobs, where "
+                                                      "ROOT is in an object store (default: "
+                                                      "~/.local/state/headwater/ROOT)")
     submit = make(group, "submit", run_submit, "submit a job to a server")
     submit.description, submit.epilog = SUBMIT, SUBMIT_EXAMPLES
     submit.add_argument("kind", metavar="KIND", help="extract, analyze or verify")
@@ -88,7 +91,7 @@ def run_serve(options: Any) -> int:
         raise ValueError(f"--memory is {options.memory}; expected a number of gigabytes above 0.")
     serve(make_settings(
         options.root, options.host, options.port, options.token_file, options.ray, options.models, options.texts,
-        options.allow_host, memory, options.parallel,
+        options.allow_host, memory, options.parallel, options.state,
     ))  # fmt: skip
     return DONE
 

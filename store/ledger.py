@@ -1,11 +1,14 @@
 """The ledger: one entry a block and attempt, created once and whole; an entry alone commits its block.
 
 Entries are files; thousands of them are moved into an immutable segment. Whoever reads lists the entries first and the
-segments after them, so an entry that is being moved is seen in one place or in both.
+segments after them, so an entry that is being moved is seen in one place or in both. Threads that ask at once share a
+listing, one that began after they asked; directories that have not changed are not listed again.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +19,7 @@ from headwater.store.entry import Entry as Entry
 from headwater.store.entry import LedgerError as LedgerError
 from headwater.store.entry import decode, encode
 from headwater.store.files import json_sum, to_json
-from headwater.store.place import Place, create_whole, delete_all, names_in, read_all
+from headwater.store.place import Place, create_whole, delete_all, names_in, quiet_mark, read_all
 from headwater.store.segments import FOLDER as SEGMENTS
 from headwater.store.segments import Segments
 from headwater.store.writer import INTERNAL
@@ -67,6 +70,17 @@ class Ledger:
         self.fingerprint = fingerprint
         self._run = run
         self._segments = Segments(run, fingerprint)
+        self._lock = threading.Lock()
+        self._seen: _View | None = None
+        self._seen_at, self._mark = 0.0, list[str | None]()
+
+    def holds(self, first: int, last: int) -> np.ndarray:
+        """Say of the blocks [first, last) which are committed."""
+        view = self._view()
+        low, high = np.searchsorted(view.block, (first, last))
+        found = np.zeros(last - first, bool)
+        found[view.block[low:high] - first] = ~view.gone[low:high]
+        return found
 
     def committed(self) -> dict[int, int]:
         """Return the newest attempt of each committed block, in the order of blocks, without reading its entry."""
@@ -196,6 +210,17 @@ class Ledger:
         return len(moved)
 
     def _view(self) -> _View:
+        asked = time.monotonic()
+        with self._lock:
+            if self._seen is None or self._seen_at < asked:
+                begun = time.monotonic()
+                mark = [quiet_mark(folder) for folder in (self.folder, self._run / SEGMENTS)]
+                if self._seen is None or self._seen.errors or None in mark or mark != self._mark:
+                    self._seen = self._list()
+                self._seen_at, self._mark = begun, mark
+            return self._seen
+
+    def _list(self) -> _View:
         loose = self._loose()  # before the segments: see the module
         columns, errors = self._segments.columns()
         parts = [(c.block, c.attempt, c.gone, np.full(len(c.block), at)) for at, c in enumerate(columns)]

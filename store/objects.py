@@ -96,7 +96,12 @@ class ObjectPath:
 
     def size(self) -> int:
         """Return the object's bytes; raise FileNotFoundError without it."""
-        return _ask(self, lambda: int(_obstore().head(_store(self.root), self.key)["size"]))
+        return self.head()[0]
+
+    def head(self) -> tuple[int, float, str]:
+        """Return the object's bytes, its time and the tag of this version; raise FileNotFoundError without it."""
+        meta = _ask(self, lambda: _obstore().head(_store(self.root), self.key))
+        return int(meta["size"]), meta["last_modified"].timestamp(), str(meta["e_tag"])
 
     def read_bytes(self) -> bytes:
         """Return the whole object; raise FileNotFoundError without it."""
@@ -141,6 +146,11 @@ class ObjectPath:
         while page := _ask(self, partial(self._page, after)):
             yield from (ObjectPath(self.root, name) for name in page)
             after = page[-1]
+
+    def folders(self) -> list[str]:
+        """List the names of the prefixes directly under this one, without what is in them."""
+        found = _ask(self, lambda: _obstore().list_with_delimiter(_store(self.root), self.key or None))
+        return [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
 
     def touch(self) -> None:
         """Write an empty object."""

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from headwater.store.files import create_durably, sync_directory, write_durably
 from headwater.store.objects import ObjectPath, is_url
 from headwater.store.writer import INTERNAL
 
 REQUESTS = 32
+QUIET_SECONDS = 3.0
 
 Place = Path | ObjectPath
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+class FileState(NamedTuple):
+    """A file's bytes, the time of its last change in seconds, and a mark that differs for what is written anew."""
+
+    n_bytes: int
+    modified: float
+    mark: str
 
 
 def place_of(text: str | os.PathLike[str] | ObjectPath) -> Place:
@@ -39,6 +51,24 @@ def create_whole(run: Place, name: str, data: bytes) -> bool:
     return create_durably(run / name, data, _temporary(run, name))
 
 
+def quiet_mark(folder: Place) -> str | None:
+    """Return a mark of what a folder holds, the same as long as nothing is added or removed; None where none is sure.
+
+    A folder that was changed a moment ago may be changed again within the same tick of its clock.
+    """
+    if isinstance(folder, ObjectPath):
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a network file system asks again at each open
+    except FileNotFoundError:
+        return ""
+    try:
+        stat = os.fstat(handle)
+    finally:
+        os.close(handle)
+    return f"{stat.st_ino} {stat.st_mtime_ns}" if time.time() - stat.st_mtime > QUIET_SECONDS else None
+
+
 def names_in(folder: Place) -> Iterator[str]:
     """Yield the names directly in a folder of a run; nothing where there is no such folder."""
     if isinstance(folder, ObjectPath):
@@ -48,6 +78,34 @@ def names_in(folder: Place) -> Iterator[str]:
         with os.scandir(folder) as items:
             for item in items:
                 yield item.name
+
+
+def folders_in(folder: Place) -> list[str]:
+    """List the folders directly in a folder, sorted; links and hidden ones are left out."""
+    if isinstance(folder, ObjectPath):
+        names = folder.folders()
+    else:
+        try:
+            with os.scandir(folder) as items:
+                names = [item.name for item in items if item.is_dir(follow_symlinks=False)]
+        except OSError:
+            return []
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def groups_in(folder: Place) -> list[str]:
+    """List the Zarr groups directly in a folder, sorted."""
+    names = folders_in(folder)
+    there = each(folder, lambda name: (folder / name / "zarr.json").is_file(), names)
+    return [name for name, is_group in zip(names, there, strict=True) if is_group]
+
+
+def each(place: Place, call: Callable[[A], B], items: Iterable[A]) -> list[B]:
+    """Call a function for each item; side by side where it asks an object store."""
+    if not isinstance(place, ObjectPath):
+        return list(map(call, items))
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(call, items))
 
 
 def read_all(paths: Iterable[Place]) -> Iterator[bytes | OSError]:
@@ -74,6 +132,15 @@ def delete_all(folder: Place, names: Iterable[str]) -> None:
 def size_of(path: Place) -> int:
     """Return a file's bytes; raise FileNotFoundError without it."""
     return path.size() if isinstance(path, ObjectPath) else path.stat().st_size
+
+
+def state_of(path: Place) -> FileState:
+    """Return a file's state; raise FileNotFoundError without it."""
+    if isinstance(path, ObjectPath):
+        n_bytes, modified, tag = path.head()
+        return FileState(n_bytes, modified, f"{tag} {modified}")
+    stat = path.stat()
+    return FileState(stat.st_size, stat.st_mtime, f"{stat.st_ino} {stat.st_mtime_ns}")
 
 
 def open_place(path: Place) -> BinaryIO:

@@ -20,6 +20,7 @@ from headwater.store.shard import CRC_BYTES, MISSING, crc32c
 from headwater.store.shard_file import ShardFile, open_shard
 
 OPEN_SHARDS = 64
+OPEN_ARRAYS = 64
 FETCHES = 8
 ChunkPlace = tuple[int, ...]
 
@@ -42,6 +43,8 @@ class Run:
         self.ledger = Ledger(path, self.manifest.fingerprint)
         self._specs = {spec.name: spec for spec in self.manifest.arrays}
         self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self.small = lru_cache(OPEN_ARRAYS)(self._open_small)
+        self.coordinate = lru_cache(OPEN_ARRAYS)(self._read_coordinate)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -71,11 +74,7 @@ class Run:
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Read rows [first, last) of one of the small arrays."""
-        import zarr
-
-        if not (self.path / name / "zarr.json").is_file():
-            raise RunError(f"{self.path} has no array {name!r}.")
-        return np.asarray(zarr.open_array(for_zarr(self.path / name), mode="r")[first:last])
+        return np.asarray(self.small(name)[first:last])
 
     def read_text(self, name: str) -> str | None:
         """Read a text file of the run, such as tokenizer.json; None where it has none."""
@@ -96,7 +95,8 @@ class Run:
     def leads(self, name: str) -> list[int]:
         """Return the layers (or depths) that an array holds, in order; [0] for an array without that dimension."""
         axis = self.spec(name).axis
-        return [0] if axis is None else [int(i) for i in self.plain(axis)]
+        numbers = None if axis is None else self.coordinate(axis)
+        return [0] if numbers is None else [int(i) for i in numbers]
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """Yield (block, first, last) for every committed block."""
@@ -114,6 +114,22 @@ class Run:
         import headwater
 
         return headwater.stream(self, site, batch_tokens, **options)
+
+    def _open_small(self, name: str) -> Any:
+        """Open one of the small arrays with zarr."""
+        import zarr
+
+        if not (self.path / name / "zarr.json").is_file():
+            raise RunError(f"{self.path} has no array {name!r}.")
+        return zarr.open_array(for_zarr(self.path / name), mode="r")
+
+    def _read_coordinate(self, dim: str) -> np.ndarray | None:
+        """Read the model's numbers of a dimension's layers, depths or heads; None where none are stored."""
+        if f"{dim}/zarr.json" not in self.manifest.statics:
+            return None
+        numbers = self.plain(dim)
+        numbers.flags.writeable = False
+        return numbers
 
     def _open_shard(self, path: str, n_chunks: int) -> ShardFile:
         """Open a shard with its index; raise FileNotFoundError without it."""

@@ -368,6 +368,8 @@ def test_analyses_read_it_and_keep_their_results_beside_it(s3, made):
     for name in there.data_vars:
         np.testing.assert_array_equal(here[name], there[name])
     assert str(save(run, here)) == f"s3://bucket/analysed.analysis/{here.attrs['analysis']}"
+    names = set(map(str, place_of("s3://bucket").iterdir()))
+    assert not names & {"s3://bucket/zarr.json", "s3://bucket/analysed.analysis/zarr.json"}, "no groups above a result"
     kept = load("s3://bucket/analysed", here.attrs["analysis"])
     for name in there.data_vars:
         np.testing.assert_array_equal(kept[name], there[name])

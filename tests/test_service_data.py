@@ -17,6 +17,8 @@ import headwater
 from headwater.analysis.results import kept_results, save
 from headwater.analysis.sinks import sinks
 from headwater.benchmarks.serving import Server
+from headwater.service.catalog import Catalog
+from headwater.service.settings import make_settings
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -179,6 +181,23 @@ def test_only_the_chunks_that_are_shown_are_read(analysis_run, monkeypatch):
     figures.thumbnails(run, 5, 1)
     slices.read_slice(run, "resid", {"depth": "2", "sequence": "5"}, False, Limits())
     assert seen == {run.spec("pattern").shard_path(0, 2), run.spec("resid").shard_path(0, 2)}
+
+
+def test_a_second_slice_opens_nothing_again(analysis_run, monkeypatch):
+    from headwater.service.slices import read_slice
+
+    catalog = Catalog(make_settings(str(analysis_run("plain").path.parent)))
+
+    def read():
+        for wanted in ({"layer": "1", "head": "2", "sequence": "3"}, {"layer": "1:", "head": "0", "sequence": "4"}):
+            values = read_slice(catalog.open("plain"), "pattern", wanted, False, catalog.limits).values
+        tokens = read_slice(catalog.open("plain"), "tokens", {"sequence": "2"}, False, catalog.limits).values
+        return values, tokens
+
+    first = read()
+    monkeypatch.setattr(zarr, "open_array", None)
+    for before, after in zip(first, read(), strict=True):
+        np.testing.assert_array_equal(before, after)
 
 
 def test_results_are_served_as_json_and_as_zarr(server, analysis_run):

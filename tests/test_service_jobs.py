@@ -13,7 +13,7 @@ import headwater
 from headwater.benchmarks.faults import contents
 from headwater.benchmarks.serving import Server
 
-N_KILLS, N_BLOCKS = 3, 400
+N_KILLS, N_BLOCKS = 3, 240
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +34,16 @@ def server(root):
 
 
 DOCUMENT = {"model": "models/tiny", "tokens": "texts/ids.npy", "sites": ["resid", "attn_sink"], "block": 1,
-            "threads": 1}
+            "layers": "1", "depths": "1", "threads": 1}
 
 
 def submit(server, kind="extract", **document):
     return server.client.post("/jobs", {"kind": kind, "document": document})
 
 
+@pytest.fixture(scope="module")
 def extracted_here(root):
-    """Return the bytes of the run as this process makes it, from the same model and ids."""
+    """The bytes of the run as this process makes it, from the same model and ids."""
     config = headwater.RunConfig(**DOCUMENT | {"out": str(root / "same"), "model": str(root / "models/tiny"),
                                                "tokens": str(root / "texts/ids.npy")})  # fmt: skip
     found = contents(headwater.extract(config).path)
@@ -50,7 +51,7 @@ def extracted_here(root):
     return found
 
 
-def test_a_job_is_planned_run_and_followed(server, root, cli):
+def test_a_job_is_planned_run_and_followed(server, root, extracted_here, cli):
     planned = server.client.post("/plan", {"kind": "extract", "document": DOCUMENT | {"out": "first"}})
     assert planned["price"]["n_blocks"] == N_BLOCKS and not (root / "first").exists()
     clock = server.client.get("/jobs")["clock"]
@@ -65,9 +66,9 @@ def test_a_job_is_planned_run_and_followed(server, root, cli):
     assert any(0 < change["progress"].get("done", 0) < N_BLOCKS for change in seen)
     run = headwater.open_run(root / "first")
     assert run.complete.all() and seen[-1]["result"]["fingerprint"] == run.manifest.fingerprint
-    assert extracted_here(root) == contents(run.path)
+    assert extracted_here == contents(run.path)
     listed = cli("jobs", "--server", server.url)
-    assert listed.code == 0 and "job 1: extract first, done, blocks 400/400 blocks" in listed.out
+    assert listed.code == 0 and f"job 1: extract first, done, blocks {N_BLOCKS}/{N_BLOCKS} blocks" in listed.out
 
 
 def test_analyses_and_checks_are_jobs(server, root, cli):
@@ -117,17 +118,15 @@ def test_jobs_wait_for_one_another(server, root, cli):
     assert not (root / "third").exists()
 
 
-def test_a_killed_server_goes_on_once(root, tmp_path):
+def test_a_killed_server_goes_on_once(root, extracted_here, tmp_path):
     """Killed at random moments of a job; the run must end byte-equal, by one job. Memory is limited here, too."""
     chance = random.Random(1)
-    for name in ("models", "texts"):
-        shutil.copytree(root / name, tmp_path / name)
-    with Server(tmp_path, "--memory", "1") as server:
+    with Server(tmp_path, "--memory", "1", "--models", str(root), "--texts", str(root)) as server:
         with pytest.raises(ValueError, match="but the server gives all jobs together 1 GB"):
             submit(server, **DOCUMENT, workers=2, out="large")
         number = submit(server, **DOCUMENT, out="killed")["id"]
         for kill in range(N_KILLS):
-            server.wait_for(number, lambda job, n=110 * kill: job["progress"].get("done", 0) > n)
+            server.wait_for(number, lambda job, n=N_BLOCKS // 4 * kill: job["progress"].get("done", 0) > n)
             time.sleep(chance.random() * 0.05)
             server.kill()
             server.start()
@@ -135,7 +134,7 @@ def test_a_killed_server_goes_on_once(root, tmp_path):
         assert job["state"] == "done" and job["starts"] == N_KILLS + 1
         assert [j["id"] for j in server.client.get("/jobs")["jobs"] if j["run"] == "killed"] == [number]
         assert headwater.open_run(tmp_path / "killed").ledger.committed().keys() == set(range(N_BLOCKS))
-        assert contents(tmp_path / "killed") == extracted_here(tmp_path)
+        assert contents(tmp_path / "killed") == extracted_here
 
 
 @pytest.mark.parametrize(("kind", "document", "part"), [

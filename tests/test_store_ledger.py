@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +55,54 @@ def test_entries_move_and_say_the_same(tmp_path):
     assert ledger.compact(9) == 9 and ledger.compact(1) == 0
     assert sorted(p.name[:9] for p in (tmp_path / FOLDER).iterdir()) == ["00000001.", "00000002."]
     check(tmp_path, N + 9)
+
+
+def test_threads_that_share_listings_see_what_was_committed_before_they_asked(tmp_path):
+    """Another process commits and takes out; many threads ask all the time, so that listings are always under way."""
+    writer, shared, over = filled(tmp_path, 1), Ledger(tmp_path, "f" * 64), threading.Event()
+    n_listed, listing = itertools.count(), shared._list
+    shared._list = lambda: (next(n_listed), listing())[1]
+    n_asked = []
+
+    def ask():
+        n = 0
+        while not over.is_set():
+            assert shared.holds(0, 1).all()
+            n += 1
+        n_asked.append(n)
+
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(ask) for _ in range(6)]
+        for block in range(1, 150):
+            writer.commit(entry(block))
+            assert shared.holds(block - 1, block + 2).tolist() == [True, True, False]
+            if block % 10 == 0:
+                writer.remove(block)
+                assert not shared.holds(block, block + 1).any() and block not in shared.committed()
+                writer.commit(entry(block))
+        over.set()
+        for one in asking:
+            one.result()
+    assert next(n_listed) < sum(n_asked), "listings are shared"
+
+
+def test_a_ledger_that_does_not_change_is_not_listed_again(tmp_path, monkeypatch):
+    writer, ledger, listed = filled(tmp_path, 3), Ledger(tmp_path, "f" * 64), []
+    monkeypatch.setattr(ledger, "_list", lambda listing=ledger._list: (listed.append(1), listing())[1])
+    assert ledger.holds(0, 4).tolist() == [True, True, True, False] and len(ledger.committed()) == 3
+    assert len(listed) == 2, "it was changed a moment ago, so that nothing is sure"
+    os.utime(ledger.folder, (1, 1))
+    assert [len(ledger.committed()) for _ in range(5)] == [3] * 5 and len(listed) == 3
+    writer.commit(entry(3))
+    os.utime(ledger.folder, (2, 2))
+    assert ledger.holds(3, 4).all() and len(listed) == 4
+    writer.compact(1)
+    os.utime(ledger.folder, (3, 3))
+    os.utime(tmp_path / FOLDER, (1, 1))
+    assert ledger.holds(0, 4).all() and ledger.read(2) == entry(2) and len(listed) == 5
+    writer._segments.write([(entry(7), False)])
+    os.utime(tmp_path / FOLDER, (4, 4))
+    assert ledger.holds(7, 8).all() and len(listed) == 6
 
 
 @pytest.mark.parametrize("way", ["ended", "torn"])

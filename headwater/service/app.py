@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import fastapi
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
@@ -27,21 +28,17 @@ from headwater.service.results import read_result
 from headwater.service.schemas import ERRORS, Login, Problem, Submission
 from headwater.service.settings import Settings
 from headwater.service.texts import keep_text
-from headwater.service.zarr_files import zarr_file
+from headwater.service.zarr_files import file_response, zarr_file
 from headwater.store.entry import LedgerError
 from headwater.store.manifest import RunDamaged
+from headwater.store.objects import StoreError
 
 PAGE = files("headwater.service") / "page"
 EVENT_SECONDS, BEAT_SECONDS = 0.2, 15.0
+PLANS = 8
 Name = Annotated[str, fastapi.Path(max_length=1000, description="a run, by its path under the server's root")]
 Place = Annotated[int, Query(ge=0, le=2**31 - 1)]
 Selected = Annotated[str | None, Query(pattern=slices.RANGE, description='a number, or a range such as "2:5"')]
-
-
-class BigFileResponse(FileResponse):
-    """A file that is read in larger pieces."""
-
-    chunk_size = 1 << 20
 
 
 def make_app(settings: Settings, jobs: JobQueue, catalog: Catalog, executor: Executor) -> Guard:
@@ -63,7 +60,7 @@ def _add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
     @app.get("/runs")
     def list_runs() -> dict[str, Any]:
         """List the runs under the root, with progress and what is known of damage."""
-        return {"runs": [catalog.summary(name) for name in catalog.names()]}
+        return {"runs": catalog.summaries()}
 
     @app.get("/runs/{name:path}/about")
     def describe_run(name: Name) -> dict[str, Any]:
@@ -121,26 +118,29 @@ def _add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
 
     @app.head("/runs/{key:path}", include_in_schema=False)
     @app.get("/runs/{key:path}", response_class=FileResponse)
-    def read_file(key: Annotated[str, fastapi.Path(max_length=2000)]) -> Response:
+    def read_file(request: Request, key: Annotated[str, fastapi.Path(max_length=2000)]) -> Response:
         """Return a file of a run as Zarr readers ask for it, whole or in ranges."""
-        path = zarr_file(settings.root, key)
-        kind = "application/json" if path.suffix == ".json" else "application/octet-stream"
-        return BigFileResponse(path, media_type=kind, stat_result=os.stat(path))
+        return file_response(zarr_file(settings.root, key), request)
 
 
 def _add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executor) -> None:
+    waiting = CapacityLimiter(PLANS)  # apart from the threads that read, since planning takes long
+
+    async def price_of(kind: str, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return await run_sync(executor.plan, kind, document, limiter=waiting)
+
     @app.post("/plan")
-    def plan_job(submission: Submission) -> dict[str, Any]:
+    async def plan_job(submission: Submission) -> dict[str, Any]:
         """Say what a job would cost; nothing is queued."""
-        run, price = executor.plan(submission.kind, read_document(submission.document))
+        run, price = await price_of(submission.kind, await run_sync(read_document, submission.document))
         return {"kind": submission.kind, "run": run, "price": price}
 
     @app.post("/jobs", status_code=201, responses={200: {"description": "the same job waits or runs already"}})
-    def submit_job(submission: Submission, response: Response) -> dict[str, Any]:
+    async def submit_job(submission: Submission, response: Response) -> dict[str, Any]:
         """Plan a job, and queue it; the same one that waits or runs already is returned instead of a second."""
-        document = read_document(submission.document)
-        run, price = executor.plan(submission.kind, document)
-        job, new = executor.submit(submission.kind, document, run, price)
+        document = await run_sync(read_document, submission.document)
+        run, price = await price_of(submission.kind, document)
+        job, new = await run_sync(executor.submit, submission.kind, document, run, price)
         response.status_code = 201 if new else 200
         return job.to_json()
 
@@ -167,9 +167,9 @@ def _add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Execut
         "requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
                         "required": True}})  # fmt: skip
     async def upload_text(name: Annotated[str, fastapi.Path(max_length=101)], request: Request) -> dict[str, Any]:
-        """Keep a text for jobs, as texts/NAME under the root; a file of that name must not be there."""
+        """Keep a text for jobs, as texts/NAME; a file of that name must not be there."""
         data = await request.body()
-        return {"text": await asyncio.to_thread(keep_text, settings.root, name, data), "n_bytes": len(data)}
+        return {"text": await asyncio.to_thread(keep_text, settings.local, name, data), "n_bytes": len(data)}
 
     @app.get("/events", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}})
     async def follow_jobs(
@@ -256,6 +256,7 @@ def _add_errors(app: FastAPI, settings: Settings) -> None:
         return answer(503, str(error))
 
     app.add_exception_handler(BusyError, busy)
+    app.add_exception_handler(StoreError, busy)
     for kind in (ValueError, NotHereError):
         app.add_exception_handler(kind, known)
     app.add_exception_handler(RequestValidationError, unreadable)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,12 +16,16 @@ from headwater.service.places import NotHereError, inside, public
 from headwater.service.settings import Settings
 from headwater.store.entry import Entry, LedgerError
 from headwater.store.manifest import RunDamaged, RunError, manifest_path
+from headwater.store.objects import ObjectPath, StoreError
+from headwater.store.place import FileState, Place, each, folders_in, groups_in, state_of
 from headwater.store.reader import Run, open_run
 from headwater.store.verify import verify
+from headwater.store.writer import INTERNAL
 
 LISTED_DEPTH = 4
 OPEN_RUNS, FEW_ENTRIES = 32, 16
 SHOWN_PROBLEMS = 50
+CHECKS = 8
 
 
 @dataclass
@@ -54,12 +57,20 @@ def _entries(run: Run, blocks: set[int]) -> Iterator[Entry]:
         yield from (entry for entry in run.ledger.entries() if entry.block in blocks)
 
 
+class Opened(NamedTuple):
+    """A run that is open, and the state of its manifest then."""
+
+    state: FileState
+    run: Run
+    counted: Counted
+
+
 class Catalog:
     """Find, open and describe the runs of a root. Open runs are kept, with their memory maps."""
 
     def __init__(self, settings: Settings) -> None:
         self.root, self.limits = settings.root, settings.limits
-        self._runs: dict[str, tuple[tuple[int, int], Run, Counted]] = {}
+        self._runs: dict[str, Opened] = {}
         self._read: dict[str, None] = {}
         self._lock = threading.Lock()
         self._damage: dict[str, tuple[int, dict[str, Any]]] = {}
@@ -69,59 +80,61 @@ class Catalog:
 
     def names(self) -> list[str]:
         """List the runs by their path under the root, sorted."""
-        found: list[str] = []
-        for path in self._walk(self.root, 0):
-            found.append(path.relative_to(self.root).as_posix())
-            if len(found) == self.limits.runs:
-                break
-        return sorted(found)
+        return sorted(islice(self._walk(self.root, ""), self.limits.runs))
 
-    def _walk(self, folder: Path, depth: int) -> Iterator[Path]:
-        try:
-            items = sorted(os.scandir(folder), key=lambda item: item.name)
-        except OSError:
-            return
-        for item in items:
-            if item.name.startswith(".") or not item.is_dir(follow_symlinks=False):
-                continue
-            path = Path(item.path)
-            if manifest_path(path).is_file() or (path / "headwater" / "unfinished").is_file():
-                yield path
-            elif depth + 1 < LISTED_DEPTH and not (path / "zarr.json").is_file():
-                yield from self._walk(path, depth + 1)
+    def _walk(self, folder: Place, above: str) -> Iterator[str]:
+        names = folders_in(folder)
+        for name, is_run in zip(names, each(folder, lambda name: _is_run(folder / name), names), strict=True):
+            deeper = above.count("/") + 1 < LISTED_DEPTH and not name.endswith(".analysis")
+            if is_run:
+                yield above + name
+            elif deeper and not (folder / name / "zarr.json").is_file():
+                yield from self._walk(folder / name, f"{above}{name}/")
+
+    def summaries(self) -> list[dict[str, Any]]:
+        """Describe every run in a few values."""
+        return each(self.root, self.summary, self.names())
 
     def open(self, name: str) -> Run:
         """Return a run, opened once; raise NotHereError where there is none.
 
         Of the runs that were read longest ago the memory maps are let go.
         """
-        run, _ = self._open(name)
+        run = self._open(name).run
         with self._lock:
             self._read.pop(name, None)
             self._read[name] = None
             for old in list(self._read)[:-OPEN_RUNS]:
                 del self._read[old]
-                mark, there, counted = self._runs[old]
-                self._runs[old] = (mark, open_run(there.path), counted)
+                there = self._runs[old]
+                self._runs[old] = Opened(there.state, open_run(there.run.path), there.counted)
         return run
 
-    def _open(self, name: str) -> tuple[Run, Counted]:
+    def _open(self, name: str) -> Opened:
         path = inside(self.root, name)
         try:
-            stat = os.stat(str(manifest_path(path)))
+            state = state_of(manifest_path(path))
+        except StoreError:
+            raise
         except OSError:
             raise NotHereError(f"there is no run {name!r} here.") from None
-        mark = (stat.st_ino, stat.st_mtime_ns)
+        known = self._runs.get(name)
+        if known is not None and known.state == state:
+            return known
+        new = Opened(state, open_run(path), Counted())
         with self._lock:
-            if name not in self._runs or self._runs[name][0] != mark:
-                self._runs[name] = (mark, open_run(path), Counted())
-            return self._runs[name][1:]
+            known = self._runs.get(name)
+            if known is None or known.state != state:
+                self._runs[name] = known = new
+        return known
 
     def summary(self, name: str) -> dict[str, Any]:
         """Describe a run in a few values; one that cannot be read says why."""
         try:
-            run, counted = self._open(name)
-            m, counts = run.manifest, counted.update(run)
+            opened = self._open(name)
+            run, m, counts = opened.run, opened.run.manifest, opened.counted.update(opened.run)
+        except StoreError:
+            raise
         except NotHereError:
             return {"name": name, "state": "reading text"}
         except (RunError, RunDamaged, LedgerError, OSError) as error:
@@ -133,8 +146,7 @@ class Catalog:
             "d_model": m.model["config"]["d_model"], "n_sequences": m.n_sequences, "n_positions": m.n_positions,
             "n_blocks": m.n_blocks, **counts, "sites": list(run.sites), "fingerprint": m.fingerprint,
             "text": [source_name(source["path"]) for source in m.text["sources"]][:20],
-            "made": int(os.stat(str(manifest_path(run.path))).st_mtime),
-            "damage": self.damage(name, counts["committed"]),
+            "made": int(opened.state.modified), "damage": self.damage(name, counts["committed"], done),
         }  # fmt: skip
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -155,23 +167,24 @@ class Catalog:
             "model_config": m.model["config"], "model_digest": m.model["digest"],
             "made_by": m.made_by, "sources": sources, "packing": m.text["packing"], "text_digest": m.text["digest"],
             "coordinates": {d: run.leads(s.name) for s in m.arrays if (d := s.axis) is not None}
-            | ({"head": run.plain("head").tolist()} if (run.path / "head").is_dir() else {}),
-            "labels": sorted(path.name for path in inside(self.root, name).glob("label_*")),
+            | ({} if (heads := run.coordinate("head")) is None else {"head": heads.tolist()}),
+            "labels": [label for label in folders_in(run.path) if label.startswith("label_")],
             "tokenizer": (run.path / "tokenizer.json").is_file(),
             "analyses": self.analyses(name), "incomplete": missing_ranges(run),
         }  # fmt: skip
 
     def analyses(self, name: str) -> list[str]:
         """List the saved results of a run."""
-        folder = inside(self.root, f"{name}.analysis")
-        if not folder.is_dir():
-            return []
-        return sorted(path.parent.name for path in folder.glob("[!.]*/zarr.json"))
+        return groups_in(inside(self.root, f"{name}.analysis"))
 
-    def damage(self, name: str, committed: int) -> dict[str, Any] | None:
-        """Return what the last check found, None before the first; order a quick check where blocks came since."""
+    def damage(self, name: str, committed: int, done: bool) -> dict[str, Any] | None:
+        """Return what the last check found, None before the first; order a quick check where blocks came since.
+
+        In an object store, where every file costs requests, a run is checked when it is done.
+        """
         at, found = self._damage.get(name, (-1, None))
-        if at != committed and name not in self._waiting:
+        due = done or not isinstance(self.root, ObjectPath)
+        if at != committed and due and name not in self._waiting:
             self._damage[name] = (committed, found or {})
             self._waiting.add(name)
             self._to_check.put(name)
@@ -188,7 +201,7 @@ class Catalog:
             self._waiting.discard(name)
             try:
                 run = self.open(name)
-                report = verify(run, quick=True)
+                report = verify(run, quick=True, workers=CHECKS if isinstance(self.root, ObjectPath) else 1)
                 problems = [{"path": p.path, "what": public(p.what, self.root)} for p in report.problems]
                 found = {"checked": "lengths and indexes", "n_problems": len(problems),
                          "problems": problems[:SHOWN_PROBLEMS]}  # fmt: skip
@@ -198,6 +211,10 @@ class Catalog:
                                                               "error": public(str(error), self.root)})  # fmt: skip
 
 
+def _is_run(path: Place) -> bool:
+    return manifest_path(path).is_file() or (path / INTERNAL / "unfinished").is_file()
+
+
 def source_name(path: str) -> str:
     """Return the name of a source without the folders of the machine that it was read on."""
     return path.rpartition("/")[2] or path
@@ -205,8 +222,8 @@ def source_name(path: str) -> str:
 
 def complete_mask(run: Run, first: int, last: int) -> np.ndarray:
     """Say of the sequences [first, last) which are committed, from the ledger."""
-    committed, block = run.ledger.committed(), run.manifest.block
-    return np.array([s // block in committed for s in range(first, last)], bool)
+    block = run.manifest.block
+    return run.ledger.holds(first // block, -(-last // block))[np.arange(first, last) // block - first // block]
 
 
 def missing_ranges(run: Run, most: int = 100) -> list[tuple[int, int]]:

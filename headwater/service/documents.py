@@ -20,6 +20,7 @@ from headwater.service.interventions import COMMANDS, resolve_command
 from headwater.service.places import DeniedError, NotHereError, inside, out_path, read_path, shown
 from headwater.service.settings import Settings
 from headwater.store.manifest import RunError, manifest_path, read_manifest
+from headwater.store.place import Place, place_of
 
 HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 MOST_WORKERS = 64
@@ -44,8 +45,8 @@ def resolve(settings: Settings, kind: str, document: Mapping[str, Any]) -> dict[
 
 def run_name(settings: Settings, kind: str, resolved: Mapping[str, Any]) -> str:
     """Return the name of the run that a job writes or reads."""
-    path = Path(resolved["out"] if kind == "extract" else resolved["run"])
-    return path.relative_to(settings.root).as_posix()
+    place: str = resolved["out"] if kind == "extract" else resolved["run"]
+    return place.removeprefix(f"{settings.root}/")
 
 
 def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
     if "edits" in resolved:
         resolved["edits"] = [str(_edit(settings, edit)) for edit in read_edits(resolved["edits"])]
     if resolved.keys() <= {"out", "threads", "workers", "other_processor"}:
-        _check_stored(settings, Path(resolved["out"]))
+        _check_stored(settings, place_of(resolved["out"]))
     RunConfig(**resolved)
     if settings.ray is not None:
         resolved["ray"] = settings.ray
@@ -151,7 +152,7 @@ def _switch(document: Mapping[str, Any], name: str) -> bool:
     return value
 
 
-def _check_stored(settings: Settings, run: Path) -> None:
+def _check_stored(settings: Settings, run: Place) -> None:
     """Apply to a run that goes on what holds for a new one: its model must be allowed."""
     try:
         manifest = read_manifest(run)
@@ -162,7 +163,7 @@ def _check_stored(settings: Settings, run: Path) -> None:
 
 def _inside_only(path: str, settings: Settings, folders: tuple[Path, ...] | None = None) -> str:
     """Refuse a directory in which a link leads out of what may be read."""
-    allowed = (settings.root, *(settings.texts if folders is None else folders))
+    allowed = (settings.local, *(settings.texts if folders is None else folders))
     for folder, names, files in os.walk(path):
         for name in (*names, *files):
             item = Path(folder, name)

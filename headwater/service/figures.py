@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from headwater.analysis.sink_rows import segments
 from headwater.service.catalog import complete_mask
 from headwater.service.places import NotHereError
 from headwater.service.slices import IncompleteError, read_array
+from headwater.store.place import Place
 from headwater.store.reader import Run
 
 THUMBNAIL = 64
@@ -136,7 +136,7 @@ def _tokens(look: Look) -> Figure:
 
 
 @lru_cache(16)
-def _tokenizer(run: Path, _: str) -> Any:
+def _tokenizer(run: Place, _: str) -> Any:
     """Load the tokenizer of a run, once for its path and fingerprint."""
     from headwater.extractor.tokenizer import load_tokenizer
 

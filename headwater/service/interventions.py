@@ -6,7 +6,6 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from headwater.extractor.edits import OPS, parse_edit
@@ -105,5 +104,6 @@ def run_command(kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stored_model(run: str) -> str:
     from headwater.store.manifest import read_manifest
+    from headwater.store.place import place_of
 
-    return str(read_manifest(Path(run)).model["name"])
+    return str(read_manifest(place_of(run)).model["name"])

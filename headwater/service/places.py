@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from headwater.service.settings import Settings
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place
 
 PART = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
 DEPTH = 12
@@ -20,19 +22,25 @@ class DeniedError(ValueError):
     """A path that a job may not read or write."""
 
 
-def inside(root: Path, name: str) -> Path:
+def inside(root: Place, name: str) -> Place:
     """Return a place under `root`; raise NotHereError for a name that leads out of it, hidden ones included."""
     parts = name.split("/")
     if len(parts) > DEPTH or not all(PART.fullmatch(p) and not p.startswith(".") for p in parts):
         raise NotHereError(f"there is no {shown(name)} here.")
-    path = root.joinpath(*parts)
-    try:
-        real = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise NotHereError(f"there is no {shown(name)} here.") from error
-    if not real.is_relative_to(root):
+    path = root / name
+    if not stays_in(root, path):
         raise NotHereError(f"there is no {shown(name)} here.")
     return path
+
+
+def stays_in(root: Place, path: Place) -> bool:
+    """Say whether a path lies under a root when all links are followed; an object store has none."""
+    if isinstance(root, ObjectPath) or isinstance(path, ObjectPath):
+        return True
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):
+        return False
 
 
 def out_path(settings: Settings, name: object) -> str:
@@ -40,10 +48,10 @@ def out_path(settings: Settings, name: object) -> str:
     if not isinstance(name, str) or not name.strip():
         raise DeniedError("out is missing; name the run, such as 'my-run'.")
     try:
-        path = inside(settings.root, _relative(settings.root, name))
+        path = inside(settings.root, name := name.removeprefix(f"{settings.root}/").rstrip("/"))
     except NotHereError:
         raise DeniedError(f"out {shown(name)} is no name under the server's root; use one such as 'my-run'.") from None
-    if path == settings.root or path.name.endswith(".analysis") or path.is_relative_to(settings.root / "texts"):
+    if name.endswith(".analysis") or name.partition("/")[0] == "texts":
         raise DeniedError(f"out {shown(name)} is taken; name another run.")
     return str(path)
 
@@ -52,7 +60,7 @@ def read_path(settings: Settings, name: object, what: str, folders: tuple[Path, 
     """Return a file or directory that a job may read: under the root, or in one of `folders`."""
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise DeniedError(f"{what} {shown(name)} is no path.")
-    for root in (settings.root, *folders):
+    for root in (settings.local, *folders):
         path = root / name
         if path.resolve().is_relative_to(root) and path.exists() and not _hidden(path, root):
             return str(path)
@@ -62,7 +70,7 @@ def read_path(settings: Settings, name: object, what: str, folders: tuple[Path, 
     )
 
 
-def public(text: str, root: Path) -> str:
+def public(text: str, root: Place) -> str:
     """Take the server's own paths out of a message."""
     return PATHS.sub("…/", text.replace(f"{root}/", "").replace(str(root), "ROOT"))
 
@@ -71,11 +79,6 @@ def shown(value: object) -> str:
     """Return a value for a message, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _relative(root: Path, name: str) -> str:
-    path = PurePosixPath(name)
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else name.rstrip("/")
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -9,9 +9,9 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import uvicorn
+from anyio.to_thread import current_default_thread_limiter
 
 from headwater.extractor.units import count, show_bytes
 from headwater.service.app import make_app
@@ -19,14 +19,17 @@ from headwater.service.catalog import Catalog
 from headwater.service.executor import Executor
 from headwater.service.job_queue import JobQueue
 from headwater.service.settings import Settings
+from headwater.store.objects import ObjectPath
+from headwater.store.place import Place
 
 CONNECTIONS = 2000
+STORE_THREADS = 40
 
 
 def serve(settings: Settings) -> None:
     """Serve until a signal ends it; raise ValueError where the root is served already or the port is taken."""
     settings.state.mkdir(mode=0o700, exist_ok=True)
-    with _one_server(settings.state / "server.lock"), _listen(settings) as listener:
+    with _one_server(settings), _listen(settings) as listener:
         port = listener.getsockname()[1]
         settings = Settings(**{**vars(settings), "port": port})
         with closing(JobQueue(settings.state / "jobs.sqlite")) as jobs:
@@ -38,13 +41,21 @@ def serve(settings: Settings) -> None:
             )  # fmt: skip
             try:
                 _say(settings, executor.start())
-                _Server(config).run(sockets=[listener])
+                _Server(config, threads_for(settings.root)).run(sockets=[listener])
             finally:
                 executor.close()
 
 
 class _Server(uvicorn.Server):
     """A server that leaves KeyboardInterrupt to whoever started it, and ends once."""
+
+    def __init__(self, config: uvicorn.Config, threads: int) -> None:
+        super().__init__(config)
+        self._threads = threads
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        current_default_thread_limiter().total_tokens = self._threads
+        await super().serve(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -56,6 +67,14 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+def threads_for(root: Place) -> int:
+    """Return how many requests may be worked on at once.
+
+    Where they compute, more threads than processors only take turns, and take them from the thread that answers.
+    """
+    return STORE_THREADS if isinstance(root, ObjectPath) else (os.cpu_count() or 1) + 2
+
+
 def _say(settings: Settings, resumed: int) -> None:
     print(f"headwater: serving {settings.root} at {settings.url}", file=sys.stderr)
     jobs = f"{count(settings.parallel, 'job')} at a time, {show_bytes(settings.memory)} of memory"
@@ -64,15 +83,15 @@ def _say(settings: Settings, resumed: int) -> None:
 
 
 @contextmanager
-def _one_server(path: Path) -> Iterator[None]:
-    """Hold the root's lock, which dies with the process."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _one_server(settings: Settings) -> Iterator[None]:
+    """Hold the lock of the root's queue, which dies with the process."""
+    handle = os.open(settings.state / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{path.parent.parent} is served already, by process {os.pread(handle, 20, 0).decode()}. One root has "
+                f"{settings.root} is served already, by process {os.pread(handle, 20, 0).decode()}. One root has "
                 "one server: use that one, or stop it."
             ) from None
         os.ftruncate(handle, 0)

@@ -6,10 +6,13 @@ import ipaddress
 import os
 import secrets
 import socket
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
 from headwater.extractor.machine import available_memory
+from headwater.store.objects import ObjectPath, is_url
+from headwater.store.place import Place
 
 STATE = ".headwater"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -34,10 +37,11 @@ class Limits:
 class Settings:
     """A server's settings. `models` and `texts` are the folders that jobs may read, beside the root and hub ids.
 
-    `memory` bounds the bytes that running jobs may need together by their plans; `parallel` how many run at once.
+    `memory` bounds the bytes that running jobs may need together by their plans; `parallel` how many run at once. A
+    root in an object store has a folder on this machine, `beside`, for what cannot lie there.
     """
 
-    root: Path
+    root: Place
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = None
@@ -47,12 +51,21 @@ class Settings:
     hosts: tuple[str, ...] = ()
     memory: int = 0
     parallel: int = 1
+    beside: Path | None = None
     limits: Limits = Limits()
 
     @property
+    def local(self) -> Path:
+        """The folder on this machine with the queue and with texts and models of jobs: the root itself if it can."""
+        if isinstance(self.root, Path):
+            return self.root
+        assert self.beside is not None
+        return self.beside
+
+    @property
     def state(self) -> Path:
-        """The folder of the queue, its lock and the jobs' logs."""
-        return self.root / STATE
+        """The folder of the queue and its lock."""
+        return self.local / STATE
 
     @property
     def loopback(self) -> bool:
@@ -85,13 +98,9 @@ def make_settings(
     hosts: list[str] | None = None,
     memory: int | None = None,
     parallel: int = 1,
+    state: str | None = None,
 ) -> Settings:
     """Check what `headwater serve` was given; raise ValueError for what cannot be served."""
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"ROOT {root} is no directory; make it, or name the directory that holds your runs.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"ROOT {root} may not be written by you; the queue of jobs is kept there. Name another.")
     if not isinstance(port, int) or not 0 <= port < 65536:
         raise ValueError(f"--port is {port!r}; expected a number from 0 (any free one) to 65535.")
     if not isinstance(parallel, int) or not 1 <= parallel <= 64:
@@ -101,11 +110,39 @@ def make_settings(
             f"--host {host} lets other machines connect, so a token is needed: give --token-file FILE (it is made "
             "where there is none), or keep to 127.0.0.1 and use an SSH tunnel."
         )
+    place, beside = _prefix(root, state) if is_url(root) else (_folder(root, state), None)
     return Settings(
-        folder.resolve(), host, port, None if token_file is None else read_token(token_file), ray,
+        place, host, port, None if token_file is None else read_token(token_file), ray,
         _folders("--models", models), _folders("--texts", texts), tuple(hosts or ()),
-        memory or int(0.8 * available_memory()), parallel,
+        memory or int(0.8 * available_memory()), parallel, beside,
     )  # fmt: skip
+
+
+def _folder(root: str, state: str | None) -> Path:
+    """Return a root on this machine, which keeps its queue itself."""
+    folder = Path(root).expanduser()
+    if state is not None:
+        raise ValueError(f"--state is {state}, but the directory {root} keeps its own queue. Leave --state out.")
+    if not folder.is_dir():
+        raise ValueError(f"ROOT {root} is no directory; make it, or name the directory that holds your runs.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"ROOT {root} may not be written by you; the queue of jobs is kept there. Name another.")
+    return folder.resolve()
+
+
+def _prefix(root: str, state: str | None) -> tuple[ObjectPath, Path]:
+    """Return a root in an object store, after asking it, and the folder beside it; that is made where it is missing."""
+    place = ObjectPath(root)
+    place.is_dir()
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "headwater"
+    beside = base / urllib.parse.quote(str(place), "") if state is None else Path(state).expanduser()
+    try:
+        beside.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--state {beside} cannot be made: {error.strerror}. Name another folder.") from error
+    if not os.access(beside, os.W_OK | os.X_OK):
+        raise ValueError(f"--state {beside} may not be written by you; the queue of jobs is kept there. Name another.")
+    return place, beside.resolve()
 
 
 def read_token(file: str) -> str:

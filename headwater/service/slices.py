@@ -61,7 +61,8 @@ def read_slice(run: Run, name: str, wanted: Mapping[str, str], partial: bool, li
         raise ValueError(f"{name} has no dimension {sorted(unknown)[0]!r}; it has {', '.join(dims)}.")
     chosen: dict[str, tuple[slice, bool, np.ndarray]] = {}
     for dim, size in zip(dims, shape, strict=True):
-        labels = run.plain(dim) if dim in BY_LABEL and (run.path / dim).is_dir() else np.arange(size)
+        numbers = run.coordinate(dim) if dim in BY_LABEL else None
+        labels = np.arange(size) if numbers is None else numbers
         chosen[dim] = (*choose(dim, wanted.get(dim, ":"), labels), labels)
     n_bytes = prod(s.stop - s.start for s, _, _ in chosen.values()) * itemsize
     if n_bytes > limits.slice_bytes:
@@ -97,19 +98,16 @@ def array_shape(run: Run, name: str) -> tuple[tuple[str, ...], tuple[int, ...], 
     if name in run.sites:
         spec = run.spec(name)
         return spec.dims, spec.shape, np.dtype(spec.dtype).itemsize
-    if (name in PLAIN or re.fullmatch(r"label_[\w.-]+", name)) and (run.path / name / "zarr.json").is_file():
-        raw = json.loads((run.path / name / "zarr.json").read_bytes())
-        return tuple(raw["dimension_names"]), tuple(raw["shape"]), np.dtype(raw["data_type"]).itemsize
+    known = name in PLAIN or re.fullmatch(r"label_[\w.-]+", name)
+    if known and f"{name}/zarr.json" in run.manifest.statics:
+        array = run.small(name)
+        return tuple(array.metadata.dimension_names), array.shape, array.dtype.itemsize
     raise NotHereError(f"this run has no array {name!r}; it holds {', '.join(run.sites)}, tokens, length, complete.")
 
 
 def read_array(run: Run, name: str, key: tuple[int | slice, ...]) -> np.ndarray:
     """Read a part of an array, chunk by chunk as far as it is needed."""
-    if name in run.sites:
-        return run[name][key]
-    import zarr
-
-    return np.asarray(zarr.open_array(run.path / name, mode="r")[key])
+    return run[name][key] if name in run.sites else np.asarray(run.small(name)[key])
 
 
 def choose(dim: str, text: str, labels: np.ndarray) -> tuple[slice, bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from headwater.service.interventions import COMMANDS, plan_command, run_command
@@ -21,9 +20,10 @@ def plan_extract(document: Document, progress: Progress) -> Any:
     from headwater.extractor.plan import check_resources, free_disk
     from headwater.extractor.run import plan_rest, plan_run
     from headwater.store.manifest import check_target, manifest_path
+    from headwater.store.place import place_of
 
     config = _config(document)
-    out = Path(config.out)
+    out = place_of(config.out)
     check_target(out)
     done = 0
     if manifest_path(out).exists():
