@@ -41,7 +41,7 @@ class Run:
         self.manifest: Manifest = read_manifest(path)
         self.ledger = Ledger(path, self.manifest.fingerprint)
         self._specs = {spec.name: spec for spec in self.manifest.arrays}
-        self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._shard = lru_cache(OPEN_SHARDS)(self.open_shard)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -115,7 +115,7 @@ class Run:
 
         return headwater.stream(self, site, batch_tokens, **options)
 
-    def _open_shard(self, path: str, n_chunks: int) -> ShardFile:
+    def open_shard(self, path: str, n_chunks: int) -> ShardFile:
         """Open a shard with its index; raise FileNotFoundError without it."""
         try:
             return open_shard(self.path / path, n_chunks)
