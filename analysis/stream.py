@@ -18,6 +18,7 @@ from headwater.analysis.window import Filler, Window
 from headwater.store.reader import Run
 
 BUFFER_BYTES = 512 << 20
+READERS = 4
 Batch = Any
 
 
@@ -85,7 +86,7 @@ class Stream(IterableDataset[Batch]):
         even: bool = False,
         dtype: torch.dtype | None = None,
         buffer_bytes: int = BUFFER_BYTES,
-        threads: int = 4,
+        threads: int = READERS,
         rank: int | None = None,
         world_size: int | None = None,
         partial: bool = False,
