@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,25 @@ from headwater.analysis.stream import READERS
 from headwater.store.reader import Run
 
 K = 32
-READ_BYTES = 16 << 20
+READ_BYTES = 1 << 20
 Figures = dict[str, Any]
 
 
-def files_of(run: Run, site: str = "resid") -> list[Path]:
-    """List the shards of a site."""
-    return sorted(path for path in (Path(str(run.path)) / site / "c").rglob("*") if path.is_file())
+def files_of(run: Run) -> list[Path]:
+    """List the shards of the residual stream."""
+    return _list_files(Path(str(run.path)) / "resid" / "c")
+
+
+@cache
+def _list_files(folder: Path) -> list[Path]:
+    """List the files in a folder, once a process: that takes longer than to read some of them."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def files_of_depth(run: Run) -> list[Path]:
     """List the shards of the middle depth; all of them where shards hold several depths."""
-    files = files_of(run)
-    return [path for path in files if path.relative_to(str(run.path)).parts[2] == str(middle(run))] or files
+    files, depth = files_of(run), str(middle(run))
+    return [path for path in files if path.relative_to(str(run.path)).parts[2] == depth] or files
 
 
 def middle(run: Run) -> int:
@@ -97,9 +104,8 @@ def case_stream_one(run: Run, threads: int, memory: int) -> Figures:
 
 def case_raw_one(run: Run, threads: int, memory: int) -> Figures:
     """Read the shards of one depth."""
-    files = files_of_depth(run)
-    read(files)
-    return {"share": sum(file.stat().st_size for file in files) / sum(file.stat().st_size for file in files_of(run))}
+    read(files_of_depth(run))
+    return {"share": 1 / len(run.leads("resid"))}
 
 
 def case_sklearn(run: Run, threads: int, memory: int) -> Figures:

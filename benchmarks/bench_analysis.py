@@ -95,10 +95,9 @@ def measure_case(name: str, path: Path, threads: int, memory: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         CASES[name](make_run(Path(folder), TINY_BYTES, 4, 48, 64), threads, memory)
     run = open_run(path)
+    drop_cache(run)
     if name.endswith(CACHED):
         read(files_of_depth(run))
-    else:
-        drop_cache(run)
     figures: Figures = {}
     with watch_memory(figures):
         start, cpu = time.perf_counter(), time.process_time()
