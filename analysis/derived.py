@@ -103,7 +103,7 @@ def _commit_text(run: Run, out: Path, derived: Derived, config: dict[str, Any], 
         fill = float("nan") if values.dtype.kind == "f" else -1
         arrays[name] = array_metadata(values.shape, values.dtype.name, values.shape, None, fill, dims, {})
     arrays |= {spec.name: spec.metadata(), "complete": _metadata(run, "complete")}
-    root = json.loads((run.path / "zarr.json").read_text("utf-8"))["attributes"]
+    root = json.loads((run.path / "zarr.json").read_bytes())["attributes"]
     write_metadata(out, arrays, root | {"fingerprint": mark, "derived_from": run.path.name}, statics)
     manifest = Manifest(
         mark, config, m.model, m.text, made_by(), m.n_sequences, m.n_positions, m.block, m.micro, (spec,),
@@ -113,7 +113,7 @@ def _commit_text(run: Run, out: Path, derived: Derived, config: dict[str, Any], 
 
 
 def _metadata(run: Run, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run.path / name / "zarr.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads((run.path / name / "zarr.json").read_bytes())
     return found
 
 

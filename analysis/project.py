@@ -58,8 +58,8 @@ def project(
     attributes = {"conventions": CONVENTIONS, "site": site, "centring": centring, "positions": positions,
                   "directions_of": directions.attrs["fingerprint"]}  # fmt: skip
     made = make_spec(name, dims, sizes, "float32", "none", float("nan"), run.manifest.block, attributes)
-    small = {dim: ((axis,), np.asarray(values)) for dim, values in _numbers(run, site, leads).items()}
-    small |= {
+    small: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        **{dim: ((axis,), np.asarray(values)) for dim, values in _numbers(run, site, leads).items()},
         "rank": (("rank",), np.arange(v.shape[-2])),
         "direction": ((axis, *heads, "rank", width), v),
         "centre": ((axis, *heads, width), np.ascontiguousarray(centre)),

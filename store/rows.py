@@ -34,7 +34,7 @@ class RowReader:
             return
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            n_read = os.preadv(file, [out.reshape(-1).view(np.uint8)], offset)
+            n_read = os.preadv(file, [out.reshape(-1).view(np.uint8).data], offset)
         finally:
             os.close(file)
         if n_read != out.nbytes:
