@@ -33,6 +33,11 @@ class Pieces:
     counts: np.ndarray
     keep: list[np.ndarray]
 
+    @property
+    def longest(self) -> int:
+        """Positions of the longest piece."""
+        return int((self.place[:, 3] - self.place[:, 2]).max())
+
     def rows(self, piece: int) -> np.ndarray:
         """Return which positions of a piece are wanted: bool [last − first]."""
         run, sequence, first, last = (int(x) for x in self.place[piece])

@@ -71,20 +71,28 @@ def attribution(runs: Sequence[RunResults]) -> Any:
 
 
 def coherence(runs: Sequence[RunResults]) -> Any:
-    """Draw the coherent fraction of each kind of direction by layer, with bootstrap bands."""
+    """Draw the coherent fraction of each kind of direction by layer, with bootstrap bands, beside the transition."""
     data = runs[0].results["coherence"]
-    figure, axes = make_figure(1, 2, sharey=True)
-    x = data.layer_fraction.values
+    beside = "first_token_share" in data
+    figure, axes = make_figure(1, 3 if beside else 2)
+    x, top = data.layer_fraction.values, 1.1 * float(data.band_high.max())
     for at, kind in enumerate(data.kind.values):
         axis = axes[0, int(str(kind).startswith("w_"))]
         one = data.sel(kind=kind)
         axis.plot(x, one.coherent_fraction, marker="o", color=colour_of(at), label=str(kind))
         axis.fill_between(x, one.band_low, one.band_high, color=colour_of(at), alpha=0.15, lw=0)
-    for axis, title in zip(axes[0], ("OV and QK circuits", "W_in and W_out"), strict=True):
+    for axis, title in zip(axes[0], ("OV and QK circuits", "W_in and W_out"), strict=False):
         axis.axhline(0.01, color="#666666", lw=0.8, ls=(0, (4, 2)))
-        axis.set(xlabel="layer / n_layer", ylim=(0, None), title=f"{title} (dashed: chance)")
+        axis.set(ylim=(0, max(top, 0.02)), title=f"{title} (dashed: chance)", ylabel="coherent fraction")
+    if beside:
+        axes[0, 2].plot(x, data.first_token_share.mean("head"), marker="o", color=colour_of(0), label="mean over heads")
+        axes[0, 2].set(ylim=(0, 1), title="Attention on the first token", ylabel="first-token share")
+    l_in = int(data.l_in) if "l_in" in data else 0
+    for axis in axes[0]:
+        axis.set(xlabel="layer / n_layer")
+        if l_in > 0:
+            axis.axvline(l_in / len(x), color="#444444", lw=1, ls=":", label=f"transition, layer {l_in}")
         legend(axis)
-    axes[0, 0].set_ylabel("coherent fraction")
     letter(axes)
     return figure
 

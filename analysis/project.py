@@ -1,23 +1,22 @@
-"""Projections of a run onto directions as a derived Zarr group, and directions read through the unembedding."""
+"""Projections of a run onto directions as a run of their own, and directions read through the unembedding."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import warnings
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from headwater.analysis.engine import ONE_BY_ONE, Scan, ScanProgress, as_run, committed_blocks
-from headwater.analysis.pools import make_pool
+from headwater.analysis.derived import Derived, Observe, derive
+from headwater.analysis.engine import as_run
 from headwater.analysis.reducer import Chunk
-from headwater.analysis.results import analysis_path, coordinates, provenance
+from headwater.analysis.results import coordinates
 from headwater.analysis.work import read_text
-from headwater.store.reader import Run, open_run
+from headwater.store.layout import make_spec
+from headwater.store.place import Place, place_of
+from headwater.store.reader import Run
 
-CHUNK_BYTES = 4 << 20
 RESIDUAL = ("resid", "resid_mid", "attn_out", "mlp_out")
 CONVENTIONS = (
     "projection: (x − centre) · direction in float64, stored as float32; centre is the mean of the rows that the "
@@ -28,105 +27,98 @@ CONVENTIONS = (
 def project(
     run: Run | str | Path,
     directions: Any,
+    out: str | Path,
     k: int | None = None,
     centring: str = "centred",
     positions: str = "without_first",
-    name: str | None = None,
-    scan: Scan = ONE_BY_ONE,
-) -> Any:
-    """Write a run's projections onto the first k directions of an `svd` result, beside the run; open them.
+    partial: bool = False,
+    observe: Observe | None = None,
+) -> Run:
+    """Write a run's projections onto the first k directions of an `svd` result as a run at `out`, and open it.
 
-    The result is the Zarr group `RUN.analysis/<name>` with projection [lead, sequence, position(, head), rank]; `name`
-    is `<site>_projection` by default. The run may be another one than that of the directions, of the same model.
+    It holds `<site>_projection` [lead, sequence, position(, head), rank] with the text of the run, and the small arrays
+    `direction` and `centre`. It goes on where it was interrupted. The directions may be those of another run of the
+    same model. Values have the same bits on one kind of processor with one number of BLAS threads.
     """
-    import xarray
-    import zarr
-
     run = as_run(run)
     chosen = directions.sel(centring=centring, positions=positions)
     site = str(directions.attrs["site"])
-    spec = run.spec(site)
-    axis = str(spec.axis)
+    spec, target = run.spec(site), _target(out)
+    axis, width = str(spec.axis), spec.dims[-1]
+    leads = _leads(run, directions, site, [int(i) for i in chosen[axis]])
+    v = np.ascontiguousarray(chosen["direction"].transpose(axis, ..., "rank", width).values)
+    if k is not None and not 1 <= k <= v.shape[-2]:
+        raise ValueError(f"k is {k}; expected 1 to {v.shape[-2]}, as many as there are. Compute more with svd(k=…).")
+    v = np.ascontiguousarray(v[..., :k, :])
+    centre = chosen["mean"].values if centring == "centred" else np.zeros((*v.shape[:-2], v.shape[-1]))
+    heads = tuple(spec.dims[3:-1])
+    dims = (axis, "sequence", spec.dims[2], *heads, "rank")
+    sizes = dict(zip(dims, (len(leads), *spec.shape[1:-1], v.shape[-2]), strict=True))
+    name = f"{site}_projection"
+    attributes = {"conventions": CONVENTIONS, "site": site, "centring": centring, "positions": positions,
+                  "directions_of": directions.attrs["fingerprint"]}  # fmt: skip
+    made = make_spec(name, dims, sizes, "float32", "none", float("nan"), run.manifest.block, attributes)
+    small: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
+        **{dim: ((axis,), np.asarray(values)) for dim, values in _numbers(run, site, leads).items()},
+        "rank": (("rank",), np.arange(v.shape[-2])),
+        "direction": ((axis, *heads, "rank", width), v),
+        "centre": ((axis, *heads, width), np.ascontiguousarray(centre)),
+    }
+    digest = hashlib.sha256(v.tobytes() + centre.tobytes()).hexdigest()
+    identity = {"array": name, axis: [int(i) for i in chosen[axis]], "k": v.shape[-2], "centring": centring,
+                "positions": positions, "directions": digest}  # fmt: skip
+    compute = _Projection(run, site, leads, v, centre)
+    return derive(run, target, Derived(made, small, identity), compute, partial, observe)
+
+
+def _target(out: str | Path) -> Path:
+    target: Place = place_of(out)
+    if not isinstance(target, Path):
+        raise ValueError(f"a projection is written to a directory; {out} is not on disk. Name one, and copy it there.")
+    return target
+
+
+def _leads(run: Run, directions: Any, site: str, wanted: list[int]) -> list[int]:
+    """Return where the directions' layers or depths lie in the run; ValueError where model or depths do not fit."""
     if directions.attrs["model_digest"] != run.manifest.model["digest"]:
         raise ValueError(
             f"the directions are those of model {directions.attrs['model']}, but {run.path} was made with another one, "
             f"{run.manifest.model['name']}. Compute the svd of a run of the same model."
         )
-    stored, wanted = run.leads(site), [int(i) for i in chosen[axis]]
+    stored = run.leads(site)
     if missing := sorted(set(wanted) - set(stored)):
-        raise ValueError(f"{run.path} holds {site} at {axis} {stored}, but the directions are at {missing} too.")
-    v = chosen["direction"].transpose(axis, ..., "rank", spec.dims[-1]).values
-    v = v[..., : k or v.shape[-2], :]
-    centre = chosen["mean"].values if centring == "centred" else np.zeros((*v.shape[:-2], v.shape[-1]))
-    heads = tuple(spec.dims[3:-1])
-    shape = (len(wanted), run.manifest.n_sequences, spec.shape[2], *v.shape[1:-2], v.shape[-2])
-    per = int(np.prod(shape[2:])) * 4
-    n = min(1 << max(CHUNK_BYTES // per, 1).bit_length() - 1, run.manifest.block)
-    blocks = committed_blocks(run, scan.partial)
-    name = name or f"{site}_projection"
-    target = analysis_path(run, name)
-    if not isinstance(target, Path):
-        raise ValueError(f"a projection is written to a directory beside its run; {run.path} is not on disk. Copy it.")
-    new = target.with_name(f".{target.name}.new.{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    arguments = {"site": site, "centring": centring, "positions": positions, "k": v.shape[-2],
-                 "directions_of": directions.attrs["fingerprint"]}  # fmt: skip
-    coords = coordinates(run, site, [stored.index(i) for i in wanted])
-    attributes = provenance(run, name, arguments, 1, CONVENTIONS)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata")
-        text = {plain: (("sequence", "position"), run.plain(plain)) for plain in ("tokens", "row_start")}
-        new.parent.mkdir(parents=True, exist_ok=True)
-        xarray.Dataset(text, coords, attributes).to_zarr(new, zarr_format=3, consolidated=False)
-        zarr.create_array(
-            new, name="projection", shape=shape, chunks=(1, n, *shape[2:]), dtype="float32", fill_value=np.nan,
-            dimension_names=(axis, "sequence", spec.dims[2], *heads, "rank"),
-        )  # fmt: skip
-        progress = ScanProgress(1, len(blocks))
-        work = Project(run, new, site, [stored.index(i) for i in wanted], v, centre, n)
-        for _ in make_pool(scan.pool, scan.workers).map(work, blocks):
-            progress.done += 1
-            if scan.observe is not None:
-                scan.observe(progress)
-        zarr.consolidate_metadata(new)
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
-    return xarray.open_zarr(target, chunks=None)
+        raise ValueError(
+            f"{run.path} holds {site} at {run.spec(site).axis} {stored}, but the directions are at {missing} too. "
+            "Compute them at fewer."
+        )
+    return [stored.index(i) for i in wanted]
 
 
-class Project:
-    """Project one block and write its chunks, which no other block touches."""
+def _numbers(run: Run, site: str, leads: list[int]) -> dict[str, Any]:
+    """Return the coordinates along the leading dimension."""
+    axis = str(run.spec(site).axis)
+    found = coordinates(run, site, leads)
+    return {axis: found[axis], f"{axis}_fraction": found[f"{axis}_fraction"][1]}
 
-    def __init__(
-        self, run: Run | str, out: Path, site: str, leads: list[int], v: np.ndarray, centre: np.ndarray, n: int
-    ) -> None:
-        self.run = open_run(run) if isinstance(run, str) else run
-        self.out, self.site, self.leads, self.v, self.centre, self.n = out, site, leads, v, centre, n
 
-    def __reduce__(self) -> Any:
-        return Project, (str(self.run.path), self.out, self.site, self.leads, self.v, self.centre, self.n)
+class _Projection:
+    """Project stretches of a run, sequence by sequence."""
 
-    def __call__(self, block: int) -> int:
-        import zarr
+    def __init__(self, run: Run, site: str, leads: list[int], v: np.ndarray, centre: np.ndarray) -> None:
+        self._run, self._site, self._leads, self._v, self._centre = run, site, leads, v, centre
 
-        first, last = self.run.manifest.block_range(block)
-        tokens, row_start = read_text(self.run, first, last)
-        target = zarr.open_array(self.out / "projection", mode="r+")
-        for low in range(first, last, self.n):
-            high = min(low + self.n, last)
-            here = slice(low - first, high - first)
-            chunk = Chunk(self.run, low, high, tokens[here], row_start[here])
-            real = chunk.text(self.site).real
-            for at, lead in enumerate(self.leads):
-                x = chunk.at(self.site, lead)
-                values = np.full((*x.shape[:-1], self.v.shape[-2]), np.nan, np.float32)
-                for s in range(len(x)):
-                    rows = x[s].astype(np.float64) - self.centre[at]
-                    product = rows @ self.v[at].T if self.v.ndim == 3 else np.einsum("pnh,nkh->pnk", rows, self.v[at])
-                    values[s] = np.where(real[s].reshape(-1, *(1,) * (rows.ndim - 1)), product, np.nan)
-                target[at, low:high] = values
-                chunk.forget()
-        return last - first
+    def __call__(self, at: int, sequences: slice, positions: slice) -> np.ndarray:
+        """Return float32 [sequence, position(, head), rank], NaN at padding."""
+        first, last = sequences.start, sequences.stop
+        real = Chunk(self._run, first, last, *read_text(self._run, first, last)).text(self._site).real[:, positions]
+        array, v = self._run[self._site], self._v[at]
+        out = []
+        for sequence in range(first, last):
+            rows = array[self._leads[at], sequence, positions].astype(np.float64) - self._centre[at]
+            product = rows @ v.T if v.ndim == 2 else np.einsum("pnh,nkh->pnk", rows, v)
+            keep = real[sequence - first].reshape(-1, *(1,) * (product.ndim - 1))
+            out.append(np.where(keep, product, np.nan).astype(np.float32))
+        return np.stack(out)
 
 
 def run_directions(

@@ -103,7 +103,7 @@ def _figure(one: Drawn) -> str:
 def _provenance(runs: Sequence[RunResults]) -> str:
     rows = []
     for run in runs:
-        a = next(iter(run.results.values())).attrs
+        a = max((one.attrs for one in run.results.values()), key=lambda attributes: "fingerprint" in attributes)
         text, versions = json.loads(a.get("text", "{}")), json.loads(a.get("versions", "{}"))
         sources = text.get("sources", [])
         shown = ", ".join(str(s) for s in sources[:2]) + (f" and {len(sources) - 2} more" if len(sources) > 2 else "")

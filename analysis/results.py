@@ -34,12 +34,20 @@ class RunResults:
 def kept_results(run: Run | str | Path, label: str | None = None) -> RunResults:
     """Open all results that are kept beside a run, by the name of their analysis, `svd_mlp_out` and so on as such.
 
-    Results of another run that lay at the same path before are left out.
+    Results of another run that lay at the same path before are left out, and those of other weights.
     """
     run = run if isinstance(run, Run) else open_run(run)
     found = {name: load(run, name) for name in groups_in(analysis_folder(run))}
-    own = {name: one for name, one in found.items() if one.attrs.get("fingerprint") == run.manifest.fingerprint}
+    m = run.manifest
+    marks = {"fingerprint": m.fingerprint, "model_digest": m.model["digest"]}
+    own = {name: one for name, one in found.items() if _mark(one) in marks.items()}
     return RunResults(label or run.path.resolve().name, own, run.path)
+
+
+def _mark(result: Any) -> tuple[str, Any]:
+    """Return what says whose result it is: the fingerprint of a run, or, of one that took none, the model's digest."""
+    name = "fingerprint" if "fingerprint" in result.attrs else "model_digest"
+    return name, result.attrs.get(name)
 
 
 def analysis_path(run: Run | str | Place, name: str) -> Place:

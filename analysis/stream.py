@@ -18,6 +18,7 @@ from headwater.analysis.window import Filler, Window
 from headwater.store.reader import Run
 
 BUFFER_BYTES = 512 << 20
+READERS = 4
 Batch = Any
 
 
@@ -85,7 +86,7 @@ class Stream(IterableDataset[Batch]):
         even: bool = False,
         dtype: torch.dtype | None = None,
         buffer_bytes: int = BUFFER_BYTES,
-        threads: int = 2,
+        threads: int = READERS,
         rank: int | None = None,
         world_size: int | None = None,
         partial: bool = False,
@@ -195,11 +196,11 @@ class Stream(IterableDataset[Batch]):
             now, window_now = ahead, window
             ahead = fill(window + 1)
             now.wait()
-            while left > 0 and row < len(now.values):
+            while left > 0 and row < len(now):
                 room = self.batch_tokens - sum(len(part[0]) if self.index else len(part) for part in held)
-                stop = min(row + room, len(now.values))
+                stop = min(row + room, len(now))
                 held.append(self._part(now, row, stop))
-                last = ahead is None and stop == len(now.values)
+                last = ahead is None and stop == len(now)
                 row, room = stop, room - (stop - row)
                 if room == 0 or last:
                     self._state |= {"epoch": epoch, "window": window_now, "row": row}
@@ -210,9 +211,10 @@ class Stream(IterableDataset[Batch]):
 
     def _part(self, window: Window, first: int, last: int) -> Batch:
         """Copy some rows out of a window, which is filled anew later, with their index where it is asked for."""
-        rows = torch.from_numpy(window.values[first:last])
-        values = (rows if isinstance(self.at, Sequence) else rows[:, 0]).to(self.dtype or rows.dtype, copy=True)
-        return (values, torch.from_numpy(window.index[first:last])) if self.index else values
+        rows, index = self._filler.take(window, first, last)
+        values = torch.from_numpy(rows if isinstance(self.at, Sequence) else rows[:, 0])
+        values = values if self.dtype is None else values.to(self.dtype)
+        return (values, torch.from_numpy(index)) if self.index else values
 
     def _n_batches(self, epoch: int, shard: int, n_shards: int) -> int:
         """Count the batches of one reader in an epoch."""

@@ -1,4 +1,4 @@
-"""Fill a window of a stream: the rows of some pieces, each in its slot of a random order."""
+"""Fill a window of a stream with the rows of some pieces, and take them out in a random order."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import numpy as np
 
 from headwater.analysis.pieces import Pieces, Windows
 from headwater.store.reader import Run, open_run
+from headwater.store.rows import RowReader
 
 
 @dataclass
 class Window:
-    """Rows [n, lead, …] in the order in which they are handed out, and run, sequence, position of each [n, 3]."""
+    """Rows as they were read, one void element each; where they came from, [n, 3]; the order to hand them out in."""
 
-    values: np.ndarray
+    rows: np.ndarray
     index: np.ndarray
+    order: np.ndarray
     parts: list[Future[None]]
 
+    def __len__(self) -> int:
+        return len(self.order)
+
     def wait(self) -> None:
-        """Wait until every row is in its place; raise what went wrong."""
+        """Wait until every row is there; raise what went wrong."""
         for part in self.parts:
             part.result()
 
@@ -31,7 +36,7 @@ class Filler:
     """Copy the pieces of windows out of runs; travels to other processes as the runs' paths."""
 
     def __init__(self, runs: Sequence[Run], site: str, leads: list[list[int]], pieces: Pieces, index: bool) -> None:
-        self._runs: list[Run] | None = list(runs)
+        self._readers: list[RowReader] | None = [RowReader(run, site) for run in runs]
         self._paths = [run.path for run in runs]
         self.site, self.leads, self.pieces, self.index = site, leads, pieces, index
         self.shape, self.dtype = runs[0][site].shape[3:], runs[0][site].dtype
@@ -44,18 +49,13 @@ class Filler:
         return self.n_lead * self.vector_bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_runs": None}
+        return self.__dict__ | {"_readers": None}
 
     def make_buffer(self, window_rows: int) -> np.ndarray:
-        """Make room for any window of `window_rows`: one void element for every vector, [rows · lead].
-
-        Its pages are touched in order: in random order they would come some ten times slower.
-        """
+        """Make room for any window of `window_rows`: one void element for every row."""
         counts = self.pieces.counts
         n = min(window_rows + int(counts.max()), int(counts.sum()))
-        buffer = np.empty(n * self.n_lead, np.dtype((np.void, self.vector_bytes)))
-        buffer.view(np.uint8).fill(0)
-        return buffer
+        return np.empty(n, np.dtype((np.void, self.row_bytes)))
 
     def fill(
         self, executor: Executor, n_parts: int, windows: Windows, seed: int | None, epoch: int, at: int,
@@ -65,31 +65,43 @@ class Filler:
         if at >= len(windows.rows):
             return None
         mine, n = windows.pieces[windows.edges[at] : windows.edges[at + 1]], int(windows.rows[at])
-        slots = np.arange(n)
+        order = np.arange(n)
         if seed is not None:
-            slots = np.random.default_rng([seed, epoch, at, int(mine[0])]).permutation(n)
-        target = buffer[: n * self.n_lead]
+            order[np.random.default_rng([seed, epoch, at, int(mine[0])]).permutation(n)] = np.arange(n)
         index = np.empty((n if self.index else 0, 3), np.int64)
-        slot = np.split(slots, np.cumsum(self.pieces.counts[mine])[:-1])
-        shares = [share for share in np.array_split(np.arange(len(mine)), n_parts) if len(share)]
+        ends = np.cumsum(self.pieces.counts[mine])
+        rows = buffer[:n].view(self.dtype).reshape(n, self.n_lead, -1)
 
-        def copy(share: np.ndarray) -> None:
+        def copy(share: range) -> None:
+            scratch = np.empty((self.pieces.longest, rows.shape[2]), self.dtype)
             for i in share:
-                self._copy(int(mine[i]), slot[i], target, index)
+                here = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
+                self._copy(int(mine[i]), rows[here], index[here], scratch)
 
-        values = target.view(self.dtype).reshape(n, self.n_lead, *self.shape)
-        return Window(values, index, [executor.submit(copy, share) for share in shares])
+        shares = [range(part, len(mine), n_parts) for part in range(min(n_parts, len(mine)))]
+        return Window(buffer[:n], index, order, [executor.submit(copy, share) for share in shares])
 
-    def _copy(self, piece: int, slot: np.ndarray, target: np.ndarray, index: np.ndarray) -> None:
-        """Copy the wanted rows of a piece to their slots."""
-        if self._runs is None:
-            self._runs = [open_run(path) for path in self._paths]
+    def take(self, window: Window, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Copy some rows out of a window in its order: values [n, lead, …] and index [n, 3]."""
+        chosen = window.order[first:last]
+        values = window.rows[chosen].view(self.dtype).reshape(len(chosen), self.n_lead, *self.shape)
+        return values, window.index[chosen] if self.index else window.index
+
+    def _copy(self, piece: int, rows: np.ndarray, index: np.ndarray, scratch: np.ndarray) -> None:
+        """Copy the wanted rows of a piece to where they belong: rows [n, lead, width], index [n, 3]."""
+        if self._readers is None:
+            self._readers = [RowReader(open_run(path), self.site) for path in self._paths]
         run, sequence, first, last = (int(x) for x in self.pieces.place[piece])
-        keep = slice(None) if len(slot) == last - first else self.pieces.rows(piece)
-        array = self._runs[run][self.site]
-        for i, lead in enumerate(self.leads[run]):
-            rows = np.ascontiguousarray(array[lead, sequence, first:last]).reshape(last - first, -1)
-            target[slot * self.n_lead + i] = rows.view(target.dtype)[:, 0][keep]
+        whole = len(rows) == last - first
+        keep = slice(None) if whole else self.pieces.rows(piece)
+        read = self._readers[run].read
+        if whole and self.n_lead == 1:
+            read(self.leads[run][0], sequence, first, last, rows[:, 0])
+        else:
+            part = scratch[: last - first]
+            for i, lead in enumerate(self.leads[run]):
+                read(lead, sequence, first, last, part)
+                rows[:, i] = part[keep]
         if self.index:
-            index[slot, 0], index[slot, 1] = run, sequence
-            index[slot, 2] = np.arange(first, last)[keep]
+            index[:, 0], index[:, 1] = run, sequence
+            index[:, 2] = np.arange(first, last)[keep]

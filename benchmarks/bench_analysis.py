@@ -1,9 +1,11 @@
 """Analyses of a run of realistic residuals: memory, reading speed, GEMM rate, beside dask and scikit-learn.
 
-The run is made here (see `synthetic`). Every case is a process of its own, given the same files and the same number of
-threads, after the files were dropped from the page cache; reading is compared with plain reads of the same files in the
-same way, and products with the machine's rate in float64. Bytes are those of the files; memory is what the process
-takes at its peak, less what it had after its imports.
+The run is made here (see `synthetic`). Every case is a process of its own, given the same files, budget of memory and
+number of threads. Reading is compared with plain reads of the same files from end to end, by as many threads as a
+stream has, in the same state: dropped from the page cache before, or (cases "cached") all in it. Products are compared
+with the machine's rate in float64. Rounds are interleaved; seconds are medians, ratios medians of the ratios within a
+round. Bytes are those of the files. peak_MB is the memory that the process itself takes at its peak, less what it had
+before; pages of mapped files, which the system takes back when it needs them, are in mapped_MB.
 """
 
 from __future__ import annotations
@@ -11,35 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks.measure import peak_bytes, write_csv
+from headwater.benchmarks.analysis_cases import CASES, Figures, K, files_of, files_of_depth, middle, read
+from headwater.benchmarks.measure import write_csv
 from headwater.benchmarks.synthetic import make_run
 from headwater.store.reader import Run, open_run
 
-K = 32
-READ_BYTES = 16 << 20
-Figures = dict[str, Any]
-
-
-def files_of(run: Run, site: str = "resid") -> list[Path]:
-    """List the shards of a site."""
-    return sorted(path for path in (Path(str(run.path)) / site / "c").rglob("*") if path.is_file())
-
-
-def middle(run: Run) -> int:
-    """Return the middle depth, which stands for one depth."""
-    return len(run.leads("resid")) // 2
+CACHED = ", cached"
+PEERS = ("dask", "scikit-learn")
+SAMPLE_SECONDS = 0.005
+TINY_BYTES = 8 * 5 * 64 * 48 * 2
 
 
 def drop_cache(run: Run) -> None:
@@ -47,144 +41,6 @@ def drop_cache(run: Run) -> None:
     for path in files_of(run):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _read(files: list[Path], threads: int) -> None:
-    def read(paths: list[Path]) -> None:
-        buffer = np.empty(READ_BYTES, np.uint8)
-        for path in paths:
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer.data):
-                    pass
-
-    with ThreadPoolExecutor(threads) as executor:
-        list(executor.map(read, [files[i::threads] for i in range(threads)]))
-
-
-def case_raw(run: Run, threads: int, memory: int) -> Figures:
-    """Read every shard into one buffer a thread."""
-    _read(files_of(run), threads)
-    return {}
-
-
-def case_norms(run: Run, threads: int, memory: int) -> Figures:
-    """Norms and consecutive cosines of all depths, in one pass."""
-    from headwater.analysis.norms import norms
-
-    got = norms(run, scan=_scan(threads, memory))
-    return {"error": _norm_error(run, got.consecutive[0].values)}
-
-
-def case_cosine(run: Run, threads: int, memory: int) -> Figures:
-    """Every variant of the cosine of every pair of depths, in two passes."""
-    from headwater.analysis.cosine import cosine
-
-    got = cosine(run, cka=None, scan=_scan(threads, memory))
-    return {"error": _norm_error(run, got.consecutive.isel(centring=0, positions=0, outliers=0).values), "reads": 2}
-
-
-def case_svd(run: Run, threads: int, memory: int) -> Figures:
-    """Exact SVD of one depth, every variant, in float64."""
-    from headwater.analysis.svd import svd
-
-    got = svd(run, at=[middle(run)], k=K, scan=_scan(threads, memory))
-    sigma = got.singular_value.sel(centring="centred", positions="all").values[0, :K]
-    n_rows = run.manifest.n_sequences * run.manifest.n_positions
-    flops = 2 * n_rows * run["resid"].shape[-1] ** 2
-    return {"sigma": sigma.tolist(), "flops": flops, "share": 1 / len(run.leads("resid"))}
-
-
-def case_stream(run: Run, threads: int, memory: int) -> Figures:
-    """Shuffled batches of all depths."""
-    depths = run.leads("resid")
-    for _ in run.stream("resid", 4096, at=depths, threads=threads, buffer_bytes=memory // 2):
-        pass
-    return {}
-
-
-def case_stream_one(run: Run, threads: int, memory: int) -> Figures:
-    """Shuffled batches of one depth."""
-    for _ in run.stream("resid", 4096, at=middle(run), threads=threads, buffer_bytes=memory // 4):
-        pass
-    return {"share": 1 / len(run.leads("resid"))}
-
-
-def case_raw_one(run: Run, threads: int, memory: int) -> Figures:
-    """Read the shards of one depth into one buffer a thread."""
-    files = [path for path in files_of(run) if path.relative_to(str(run.path)).parts[2] == str(middle(run))]
-    _read(files or files_of(run), threads)
-    return {"share": 1 / len(run.leads("resid"))}
-
-
-def case_sklearn(run: Run, threads: int, memory: int) -> Figures:
-    """scikit-learn's IncrementalPCA of one depth."""
-    from sklearn.decomposition import IncrementalPCA
-
-    model = IncrementalPCA(K)
-    for first in range(0, run.manifest.n_sequences, 4):
-        rows = run["resid"][middle(run), first : first + 4].reshape(-1, run["resid"].shape[-1])
-        if len(rows) >= K:
-            model.partial_fit(rows.astype(np.float64))
-    return {"sigma": model.singular_values_.tolist(), "share": 1 / len(run.leads("resid"))}
-
-
-def case_dask_svd(run: Run, threads: int, memory: int) -> Figures:
-    """dask's svd_compressed of one centred depth, with two power iterations."""
-    da: Any = import_module("dask.array")
-    rows = _dask(run)[middle(run)].reshape(-1, run["resid"].shape[-1]).astype(np.float64)
-    sigma = da.linalg.svd_compressed(rows - rows.mean(0), K, n_power_iter=2, seed=0)[1]
-    return {"sigma": sigma.compute(num_workers=threads).tolist(), "share": 1 / len(run.leads("resid"))}
-
-
-def case_dask_norms(run: Run, threads: int, memory: int) -> Figures:
-    """dask's norms and consecutive cosines of all depths."""
-    da: Any = import_module("dask.array")
-    x = _dask(run).astype(np.float32)
-    norm = da.sqrt((x * x).sum(-1))
-    cosine = ((x[1:] * x[:-1]).sum(-1) / (norm[1:] * norm[:-1])).mean((1, 2))
-    means, _ = da.compute(cosine, norm.mean((1, 2)), num_workers=threads)
-    return {"error": _norm_error(run, means)}
-
-
-CASES: dict[str, Callable[[Run, int, int], Figures]] = {
-    "raw read": case_raw,
-    "norms": case_norms,
-    "dask norms": case_dask_norms,
-    "stream, all depths": case_stream,
-    "raw read, one depth": case_raw_one,
-    "stream, one depth": case_stream_one,
-    "svd": case_svd,
-    "scikit-learn IncrementalPCA": case_sklearn,
-    "dask svd_compressed": case_dask_svd,
-    "cosine": case_cosine,
-}
-
-
-def _scan(threads: int, memory: int) -> Any:
-    from headwater.analysis.engine import Scan
-
-    return Scan(workers=threads, memory=memory)
-
-
-def _dask(run: Run) -> Any:
-    import zarr
-
-    return import_module("dask.array").from_zarr(zarr.open_array(str(run.path / "resid"), mode="r"))
-
-
-def _rows(run: Run) -> np.ndarray:
-    """Return one depth in the stored type: [row, d_model]."""
-    return run["resid"][middle(run)].reshape(-1, run["resid"].shape[-1])
-
-
-def _norm_error(run: Run, consecutive: np.ndarray) -> float:
-    """Return the largest error of consecutive cosines against float64, on runs that are small enough, else NaN."""
-    if run.manifest.n_sequences > 64:
-        return float("nan")
-    x = run["resid"][:].astype(np.float64)
-    norm = np.linalg.norm(x, axis=-1)
-    want = ((x[1:] * x[:-1]).sum(-1) / (norm[1:] * norm[:-1])).mean((1, 2))
-    return float(np.abs(consecutive - want).max())
 
 
 def float64_rate(width: int) -> float:
@@ -199,24 +55,54 @@ def float64_rate(width: int) -> float:
     return 2 * rows.size * width / min(seconds)
 
 
+def resident() -> dict[str, int]:
+    """Return the bytes of this process in memory: its own (`anon`) and those of mapped files (`file`)."""
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {kind: int(fields[f"Rss{kind.title()}"].split()[0]) * 1024 for kind in ("anon", "file")}
+
+
+@contextmanager
+def watch_memory(found: Figures) -> Iterator[None]:
+    """Put the peaks of memory above the present into `found`, looked at every 5 ms; nothing where /proc is missing."""
+    with suppress(OSError):
+        resident()
+        done, before = threading.Event(), resident()
+        peak = dict(before)
+
+        def watch() -> None:
+            while not done.wait(SAMPLE_SECONDS):
+                now = resident()
+                peak.update({kind: max(peak[kind], now[kind]) for kind in now})
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
+            found |= {f"{kind}_bytes": peak[kind] - before[kind] for kind in peak}
+        return
+    yield
+
+
 def measure_case(name: str, path: Path, threads: int, memory: int) -> Figures:
-    """Run one case in this process and return its figures."""
+    """Run one case in this process, after a tiny run that brings its imports, and return its figures."""
     import torch
 
-    import headwater.analysis.cosine
-    import headwater.analysis.norms
-    import headwater.analysis.stream
-    import headwater.analysis.svd  # noqa: F401
-
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        CASES[name](make_run(Path(folder), TINY_BYTES, 4, 48, 64), threads, memory)
     run = open_run(path)
     drop_cache(run)
-    before = peak_bytes()
-    start = time.perf_counter()
-    cpu = time.process_time()
-    figures = CASES[name](run, threads, memory)
-    figures |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    figures["peak_bytes"] = peak_bytes() - before
+    if name.endswith(CACHED):
+        read(files_of_depth(run))
+    figures: Figures = {}
+    with watch_memory(figures):
+        start, cpu = time.perf_counter(), time.process_time()
+        figures |= CASES[name](run, threads, memory)
+        figures |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
     if "flops" in figures:
         figures["rate"] = float64_rate(run["resid"].shape[-1])
     return figures
@@ -224,42 +110,89 @@ def measure_case(name: str, path: Path, threads: int, memory: int) -> Figures:
 
 def exact_sigma(run: Run) -> np.ndarray:
     """Return the first K singular values of one centred depth, in float64 by numpy."""
-    rows = _rows(run).astype(np.float64)
-    rows -= rows.mean(0)
-    return np.asarray(np.sqrt(np.linalg.eigvalsh(rows.T @ rows)[::-1][:K]))
+    width = run["resid"].shape[-1]
+    n, total, products = 0, np.zeros(width), np.zeros((width, width))
+    for sequence in range(run.manifest.n_sequences):
+        rows = run["resid"][middle(run), sequence].astype(np.float64)
+        n, total, products = n + len(rows), total + rows.sum(0), products + rows.T @ rows
+    return np.asarray(np.sqrt(np.linalg.eigvalsh(products - np.outer(total, total) / n)[::-1][:K]))
 
 
-def run(path: Path, threads: int, memory: int, cases: list[str]) -> list[Figures]:
-    """Measure the cases, each in a process of its own, and return the rows of the results."""
-    rows, found = [], {}
-    n_bytes = sum(file.stat().st_size for file in files_of(open_run(path)))
+def exact_consecutive(run: Run) -> np.ndarray:
+    """Return the mean cosines of consecutive depths, in float64 by numpy."""
+    total = np.zeros(len(run.leads("resid")) - 1)
+    for sequence in range(run.manifest.n_sequences):
+        x = run["resid"][:, sequence].astype(np.float64)
+        norm = np.linalg.norm(x, axis=-1)
+        total += ((x[1:] * x[:-1]).sum(-1) / (norm[1:] * norm[:-1])).mean(1)
+    return total / run.manifest.n_sequences
+
+
+def error_of(figures: Figures, sigma: np.ndarray, consecutive: np.ndarray) -> str:
+    """Return the largest error of a case, relative of singular values and absolute of cosines; "" of a mere read."""
+    if "sigma" in figures:
+        got = np.array(figures["sigma"])
+        return f"{np.abs(got / sigma[: len(got)] - 1).max():.1e}"
+    if "consecutive" in figures:
+        return f"{np.abs(np.array(figures['consecutive']) - consecutive).max():.1e}"
+    return ""
+
+
+def raw_of(name: str) -> str:
+    """Name the plain read that a case is compared with."""
+    return "raw read" + (", one depth" if "one depth" in name else "") + (CACHED if name.endswith(CACHED) else "")
+
+
+def measure_rounds(path: Path, threads: int, memory: int, cases: list[str], rounds: int) -> dict[str, list[Figures]]:
+    """Measure the cases in turn, each in a process of its own; one that fails is named and left out.
+
+    The peers take minutes, and are measured in the first round only.
+    """
+    found: dict[str, list[Figures]] = {name: [] for name in cases}
     blas = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-    for name in cases:
-        command = [sys.executable, "-m", "headwater.benchmarks.bench_analysis", "--case", name, "--run", str(path)]
-        command += ["--threads", str(threads), "--memory", str(memory >> 20)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | blas)
-        if done.returncode:
-            print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            continue
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    exact = exact_sigma(open_run(path)) if any("sigma" in figures for figures in found.values()) else np.ones(K)
-    for name, figures in found.items():
-        n_read = n_bytes * figures.get("share", 1) * figures.get("reads", 1)
-        error = figures.get("error", float("nan"))
-        if "sigma" in figures:
-            error = float(np.abs(np.array(figures["sigma"]) / exact[: len(figures["sigma"])] - 1).max())
-        raw = found.get("raw read, one depth" if "one depth" in name else "raw read")
-        rate = n_read / figures["seconds"]
-        full = n_bytes * (raw or {}).get("share", 1) / raw["seconds"] if raw else float("nan")
-        cpu = n_bytes * (raw or {}).get("share", 1) / raw["cpu_seconds"] if raw else float("nan")
-        flops = figures.get("flops", 0) / figures["seconds"]
+    for at in range(rounds):
+        for name in [name for name in found if not at or not name.startswith(PEERS)]:
+            command = [sys.executable, "-m", "headwater.benchmarks.bench_analysis", "--case", name, "--run", str(path)]
+            command += ["--threads", str(threads), "--memory", str(memory >> 20)]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | blas)
+            if done.returncode:
+                print(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
+                del found[name]
+                continue
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+def run(path: Path, threads: int, memory: int, cases: list[str], rounds: int = 1) -> list[Figures]:
+    """Measure the cases and return the rows of the results."""
+    found = measure_rounds(path, threads, memory, cases, rounds)
+    stored = open_run(path)
+    n_bytes = sum(file.stat().st_size for file in files_of(stored))
+    keys = {key for each in found.values() for key in each[0]}
+    sigma = exact_sigma(stored) if "sigma" in keys else np.ones(K)
+    consecutive = exact_consecutive(stored) if "consecutive" in keys else np.ones(1)
+
+    def rates(name: str, what: str) -> list[float]:
+        return [n_bytes * f.get("share", 1) * f.get("reads", 1) / f[what] for f in found[name]]
+
+    def of_raw(name: str, what: str) -> float | str:
+        if raw_of(name) not in found:
+            return ""
+        pairs = zip(rates(name, what), rates(raw_of(name), what), strict=False)
+        return round(statistics.median(own / raw for own, raw in pairs), 3)
+
+    rows = []
+    for name, each in found.items():
+        gemm = [f["flops"] / f["seconds"] / f["rate"] / threads for f in each if "flops" in f]
+        anon, mapped = (max(f.get(f"{kind}_bytes", 0) for f in each) >> 20 for kind in ("anon", "file"))
         rows.append({
-            "case": name, "run_GB": round(n_bytes / 1e9, 2), "threads": threads,
-            "seconds": round(figures["seconds"], 2),
-            "GB_per_second": round(rate / 1e9, 3), "of_raw_read": round(rate / full, 3),
-            "of_raw_read_cpu": round(n_read / figures["cpu_seconds"] / cpu, 3),
-            "of_gemm_rate": round(flops / figures["rate"] / threads, 3) if flops else "",
-            "peak_MB": figures["peak_bytes"] >> 20, "budget_MB": memory >> 20, "error": f"{error:.1e}",
+            "case": name, "run_GB": round(n_bytes / 1e9, 2), "threads": threads, "rounds": len(each),
+            "seconds": round(statistics.median(f["seconds"] for f in each), 2),
+            "GB_per_second": round(statistics.median(rates(name, "seconds")) / 1e9, 3),
+            "of_raw_read": of_raw(name, "seconds"), "of_raw_read_cpu": of_raw(name, "cpu_seconds"),
+            "of_gemm_rate": round(statistics.median(gemm), 3) if gemm else "",
+            "peak_MB": anon, "mapped_MB": mapped, "budget_MB": memory >> 20,
+            "error": error_of(each[0], sigma, consecutive),
         })  # fmt: skip
     return rows
 
@@ -270,6 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the run")
     parser.add_argument("--memory", type=int, default=1024, help="budget of every analysis, MB")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=3, help="times that every case is measured")
     parser.add_argument("--run", help="a run that was made before, instead of a new one")
     parser.add_argument("--cases", help="cases by name, with semicolons (default: all)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -285,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.run:
             make_run(Path(folder), int(options.gigabytes * 1e9))
         path = Path(options.run or Path(folder) / "run")
-        rows = run(path, options.threads, memory, cases)
+        rows = run(path, options.threads, memory, cases, options.rounds)
     for row in rows:
         print("  ".join(f"{value}" if name == "case" else f"{name} {value}" for name, value in row.items()))
     if options.save:

@@ -76,7 +76,7 @@ class _Files(Run):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._shard = lru_cache(64)(self._open_shard)
+        self._shard = lru_cache(64)(self.open_shard)
 
 
 class ZarrPython(Store):

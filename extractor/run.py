@@ -281,10 +281,15 @@ def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Place) -> None
 
 
 def _stored_request(config: RunConfig, run: Place) -> RunConfig:
-    """Fill a request that names only --out with what the run was made from."""
+    """Fill a request that names only --out with what the run was made from; refuse a run that `project` made."""
+    m = read_manifest(run)
+    if "derived" in m.config:
+        raise RunError(
+            f"{run} was not extracted: `headwater project` made it from another run. Go on with that command, or name "
+            "another --out."
+        )
     if config.to_json().keys() - {"out", "threads", "other_processor", "workers", "ray", "device"}:
         return config
-    m = read_manifest(run)
     c = m.config
     text: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in m.text["request"].items()}
     sizes = m.model["config"]

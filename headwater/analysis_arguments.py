@@ -61,14 +61,15 @@ def add_weights(parser: Any) -> None:
     """Add the arguments of `weights`."""
     parser.description = (
         "Decompose the weights of models: singular values and directions of every OV and QK circuit, W_in and W_out, "
-        "with\nthe tokens that they read and write. Keeps MODEL.weights, a Zarr group."
+        "with\nthe tokens that they read and write. Keeps MODEL.weights, a Zarr group, or RUN.analysis/weights where "
+        "--corpus\nis a run of that model: then `headwater report RUN` shows it."
     )
     parser.add_argument("--model", metavar="M", nargs="+", required=True, help="directories, hub ids, or demo")
     parser.add_argument("--directions", metavar="N", type=_count, default=30, help="directions of each (default: 30)")
     parser.add_argument("--tokens", metavar="N", type=_count, default=20, help="tokens of each sign (default: 20)")
     parser.add_argument("--corpus", metavar="RUN|TEXT", help="score the directions on a run's tokens or a text: how "
                         "many are coherent, by layer, beside the sinks that are kept with that run")
-    parser.add_argument("--out", metavar="DIR", help="where to keep the results (default: here)")
+    parser.add_argument("--out", metavar="DIR", help="where to keep the results (default: see above)")
 
 
 def add_plot(parser: Any) -> None:

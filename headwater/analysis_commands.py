@@ -88,14 +88,16 @@ def run_weights(options: Any) -> int:
     from headwater.analysis.summary import summarise
     from headwater.analysis.weights import weights
 
+    run = _corpus_run(options.corpus)
+
     found = []
     for model in options.model:
         datasets = [weights(model, options.directions, options.tokens)]
         if options.corpus:
-            datasets.append(_coherence(model, options))
+            datasets.append(_coherence(model, options, run))
         for dataset in datasets:
             name = dataset.attrs["analysis"]
-            path = save_at(Path(options.out or ".") / f"{Path(model).name}.{name}", dataset)
+            path = save_at(_weights_path(model, dataset, options.out, run), dataset)
             found.append({"model": model, "path": str(path), "figures": summarise(name, dataset)})
     if options.json:
         print_json(found)
@@ -106,16 +108,35 @@ def run_weights(options: Any) -> int:
     return DONE
 
 
-def _coherence(model: str, options: Any) -> Any:
-    """Score a model's directions on --corpus, beside the sinks that are kept with it."""
-    from headwater.analysis.coherence import Settings, coherence
-    from headwater.analysis.results import load
+def _corpus_run(corpus: str | None) -> Any:
+    """Open the run that --corpus names; None where it names a text, or nothing."""
     from headwater.store.manifest import RunError
     from headwater.store.reader import open_run
 
     try:
-        sinks = load(open_run(options.corpus), "sinks")
-    except (RunError, FileNotFoundError):
+        return None if corpus is None else open_run(corpus)
+    except RunError:
+        return None
+
+
+def _weights_path(model: str, dataset: Any, out: str | None, run: Any) -> Any:
+    """Return where a result goes: --out, else beside the corpus where that is a run of the model, else here."""
+    from headwater.analysis.results import analysis_path
+
+    name = dataset.attrs["analysis"]
+    if out is None and run is not None and run.manifest.model["digest"] == dataset.attrs["model_digest"]:
+        return analysis_path(run, name)
+    return Path(out or ".") / f"{Path(model).name}.{name}"
+
+
+def _coherence(model: str, options: Any, run: Any) -> Any:
+    """Score a model's directions on --corpus, beside the sinks that are kept with it."""
+    from headwater.analysis.coherence import Settings, coherence
+    from headwater.analysis.results import load
+
+    try:
+        sinks = None if run is None else load(run, "sinks")
+    except FileNotFoundError:
         sinks = None
     return coherence(model, options.corpus, sinks, Settings(options.directions, options.tokens))
 

@@ -15,13 +15,15 @@ from headwater import (
     commands,
     dynamics_commands,
     intervention_commands,
+    project_commands,
     reproduce_commands,
     service_commands,
 )
 
 # Each area has its arguments in a module with NAMES and add_commands(group, make).
 AREAS: tuple[ModuleType, ...] = (
-    analysis_commands, intervention_commands, dynamics_commands, reproduce_commands, service_commands,
+    analysis_commands, project_commands, intervention_commands, dynamics_commands, reproduce_commands,
+    service_commands,
 )  # fmt: skip
 NAMES = ("extract", "plan", "status", "verify", "info", "sites", *(name for area in AREAS for name in area.NAMES))
 SELECTIONS = ("--layers", "--depths", "--heads", "--positions")

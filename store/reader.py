@@ -42,7 +42,7 @@ class Run:
         self.manifest: Manifest = read_manifest(path)
         self.ledger = Ledger(path, self.manifest.fingerprint)
         self._specs = {spec.name: spec for spec in self.manifest.arrays}
-        self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
+        self._shard = lru_cache(OPEN_SHARDS)(self.open_shard)
         self.small = lru_cache(OPEN_ARRAYS)(self._open_small)
         self.coordinate = lru_cache(OPEN_ARRAYS)(self._read_coordinate)
 
@@ -131,7 +131,7 @@ class Run:
         numbers.flags.writeable = False
         return numbers
 
-    def _open_shard(self, path: str, n_chunks: int) -> ShardFile:
+    def open_shard(self, path: str, n_chunks: int) -> ShardFile:
         """Open a shard with its index; raise FileNotFoundError without it."""
         try:
             return open_shard(self.path / path, n_chunks)

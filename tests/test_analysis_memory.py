@@ -11,18 +11,24 @@ from headwater.analysis.cosine_passes import Centres, Pairs
 from headwater.analysis.engine import Scan, reduce_run
 from headwater.analysis.favourites import Favourites
 from headwater.analysis.heads import Heads
+from headwater.analysis.lens import Lens
 from headwater.analysis.massive import Massive
 from headwater.analysis.norms import Norms
+from headwater.analysis.origin import load_run_model
 from headwater.analysis.sink_rows import Sinks
 from headwater.analysis.svd import Scatter
+from headwater.analysis.top import Top
+from headwater.analysis.top_units import Units
 from headwater.analysis.work import projected_bytes
+
+D_VOCAB = 8000
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, oracle):
     """8 sequences of 512 positions, width 96, so that values outweigh the interpreter."""
     home = tmp_path_factory.mktemp("memory")
-    oracle.gpt2(n_layer=3, n_head=4, n_embd=96, n_positions=512).save_pretrained(home / "model")
+    oracle.gpt2(n_layer=3, n_head=4, n_embd=96, n_positions=512, vocab_size=D_VOCAB).save_pretrained(home / "model")
     np.save(home / "ids.npy", np.random.default_rng(0).integers(0, 31, (8, 512)).astype(np.int32))
     sites = ("resid", "pattern", "attn_entropy", "attn_sink", "attn_distance", "attn_received")
     config = headwater.RunConfig(
@@ -42,6 +48,9 @@ MAKE = {
     "massive": lambda run: Massive(run, "resid", range(4)),
     "heads": lambda run: Heads(run, [1], 4, 16, 128),
     "favourites": lambda run: Favourites(run, [0, 2], 8, np.arange(8, 512, 8), np.arange(31)),
+    "lens": lambda run: Lens(run, load_run_model(run, None), 64, 10),
+    "top": lambda run: Top(run, "resid", range(4), Units(run, "resid", np.arange(96), None, None), 10, 1),
+    "top patterns": lambda run: Top(run, "pattern", range(3), Units(run, "pattern", np.arange(4), None, None), 10, 1),
 }
 
 

@@ -171,3 +171,33 @@ def test_context_rows_hold_the_tokens_around(pair):
         ]
         assert value == pytest.approx(row["value"])
         assert row["token"] and isinstance(row["before"], str)
+
+
+def test_weights_kept_beside_a_run_of_the_model_are_in_its_report(cli, pair, tiny_gpt2, tmp_path):
+    """They lie in RUN.analysis, the figure shows the transition beside them, and other weights are left out."""
+    run, kept = tmp_path / "run", tmp_path / "run.analysis"
+    shutil.copytree(pair[1], run)
+    shutil.copytree(pair[1].with_name("run-20.analysis"), kept)
+    assert "The weights" not in report_of(cli, run, tmp_path)
+    done = json.loads(cli("weights", "--model", tiny_gpt2, "--corpus", run, "--directions", 2, "--json").out)
+    assert [one["path"] for one in done] == [str(kept / "weights"), str(kept / "coherence")]
+    found = kept_results(run)
+    (drawn,) = draw([found], ["coherence"])
+    axes = drawn.figure.axes
+    share = load(run, "sinks").first_token_share.sel(query_set="second_half").mean("head")
+    assert len(axes) == 3
+    np.testing.assert_allclose(axes[2].lines[0].get_ydata(), share)
+    np.testing.assert_allclose(axes[2].lines[0].get_xdata(), load(run, "sinks").layer_fraction)
+    moved = found.results["coherence"].load().assign(l_in=((), 1))
+    (drawn,) = draw([RunResults("moved", {"coherence": moved})], ["coherence"])
+    assert [axis.lines[-1].get_xdata()[0] for axis in drawn.figure.axes] == [0.5] * 3
+    text = report_of(cli, run, tmp_path)
+    assert "The weights" in text and "coherence: definitions and arguments" in text
+    assert found.results["sinks"].attrs["fingerprint"][:16] in text
+    save(run, moved.assign_attrs(model_digest="x"))
+    assert "coherence" not in kept_results(run).results and "weights" in kept_results(run).results
+
+
+def report_of(cli, run, folder):
+    assert cli("report", run, "--out", folder / "page.html").code == 0
+    return (folder / "page.html").read_text("utf-8")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headwater.analysis.engine import Scan, analyse
-from headwater.analysis.project import project, read_directions
+from headwater.analysis.project import read_directions
 from headwater.analysis.svd import Scatter, effective_rank, participation_ratio, spectrum, svd, svd_analysis
 from headwater.store.manifest import RunError
 
@@ -88,26 +88,6 @@ def test_small_singular_values_survive_a_wide_spectrum():
         assert np.abs(got / sigma - 1).max() < limit
 
 
-@pytest.mark.parametrize("scan", [Scan(), Scan(workers=2)])
-@pytest.mark.parametrize("site", ["resid", "z"])
-def test_projections_are_those_of_the_rows(analysis_run, scan, site):
-    run = analysis_run("padded")
-    directions = svd(run, site, k=3)
-    got = project(run, directions, k=2, scan=scan, name=f"{site}{scan.workers}")
-    one = directions.sel(centring="centred", positions="without_first")
-    rows = run[site][:].astype(np.float64)
-    head = "h" if site == "z" else ""
-    mean = one["mean"].values
-    rows -= mean[:, None, None]
-    want = np.einsum(f"lsp{head}d,l{head}kd->lsp{head}k", rows, one.direction.values[..., :2, :])
-    np.testing.assert_allclose(got.projection, want, 1e-6, 1e-6)
-    padding = run.plain("row_start") > np.arange(run.manifest.n_positions)
-    assert padding.any() and np.isnan(got.projection.values[:, padding]).all()
-    np.testing.assert_array_equal(got.tokens, run.tokens)
-    assert got.projection.dims[:3] == (run.spec(site).axis, "sequence", "position")
-    assert got.projection.dims[-1] == "rank"
-
-
 def test_directions_read_through_the_unembedding(analysis_run, tiny_gpt2):
     from headwater.extractor.weights import load_checkpoint
 
@@ -135,5 +115,3 @@ def test_bad_requests_say_what_is_wrong(analysis_run):
         svd(run, at=[7])
     with pytest.raises(ValueError, match="centrings is"):
         svd(run, centrings=["none"])
-    with pytest.raises(ValueError, match="made with another one"):
-        project(run, svd(run, k=1).assign_attrs(model_digest="x"))

@@ -177,7 +177,7 @@ def test_only_the_chunks_that_are_shown_are_read(analysis_run, monkeypatch):
 
     run = headwater.open_run(analysis_run("plain").path)
     seen = set()
-    monkeypatch.setattr(run, "_shard", lambda path, n, inner=run._open_shard: seen.add(path) or inner(path, n))
+    monkeypatch.setattr(run, "_shard", lambda path, n, inner=run.open_shard: seen.add(path) or inner(path, n))
     figures.thumbnails(run, 5, 1)
     slices.read_slice(run, "resid", {"depth": "2", "sequence": "5"}, False, Limits())
     assert seen == {run.spec("pattern").shard_path(0, 2), run.spec("resid").shard_path(0, 2)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from itertools import islice
 
@@ -13,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import headwater
+from headwater.benchmarks.synthetic import make_run
 from headwater.extractor.run import extract
+from headwater.store.manifest import RunError
+from headwater.store.rows import RowReader
 
 CASES = {
     "one tile": {"length": 64, "codec": "none", "dtype": "float16"},
@@ -121,3 +125,29 @@ def test_slices_are_numpy_slices(run, data):
     key = tuple(data.draw(st.one_of(st.integers(-n, n - 1), st.slices(n).filter(lambda s: s.step in (None, 1))))
                 for n in islice(whole.shape, data.draw(st.integers(1, whole.ndim))))
     np.testing.assert_array_equal(run[name][key], whole[key])
+
+
+def test_plain_reads_of_rows_give_what_arrays_give(run):
+    """Raw, compressed, all layers in a shard or one, whole or half done: the same rows; fill where there is none."""
+    for site in ("resid", "z", "mlp_post"):
+        array, reader = run[site], RowReader(run, site)
+        step = array.spec.chunk[2]
+        for lead in range(array.shape[0]):
+            for sequence in range(array.shape[1]):
+                for first in range(0, array.shape[2], step):
+                    for low, high in ((first, min(first + step, array.shape[2])), (first + 3, first + 8)):
+                        expected = array[lead, sequence, low:high].reshape(high - low, -1)
+                        got = np.zeros_like(expected)
+                        reader.read(lead, sequence, low, high, got)
+                        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_shard_that_was_cut_short_is_not_read_as_rows(tmp_path):
+    run = make_run(tmp_path, 4 * 3 * 256 * 64 * 2, 2, 64, 256)
+    reader, out = RowReader(run, "resid"), np.empty((8, 64), np.float16)
+    reader.read(1, 0, 0, 8, out)
+    for shard in (run.path / "resid/c").rglob("*"):
+        if shard.is_file():
+            os.truncate(shard, 4096)
+    with pytest.raises(RunError, match=r"gave 0 bytes at [\d,]+, expected 1,024. Run `headwater verify --repair"):
+        reader.read(2, 3, 128, 136, out)
