@@ -38,15 +38,25 @@ class InProcess:
 
 
 class Threads:
-    """Threads of this process: numpy and the reader release the interpreter lock for most of the work."""
+    """Threads of this process: numpy and the reader release the interpreter lock for most of the work.
+
+    torch's own threads, which would fight for the same cores, are shared out among them.
+    """
 
     def __init__(self, n_workers: int) -> None:
         self.n_workers = n_workers
 
     def map(self, function: Callable[[int], R], items: Iterable[int]) -> Iterator[tuple[int, R]]:
         """Yield in the order of completion."""
-        with ThreadPoolExecutor(self.n_workers) as executor:
-            yield from _drive(executor, function, items, IN_FLIGHT * self.n_workers)
+        import torch
+
+        whole = torch.get_num_threads()
+        share = max(whole // self.n_workers, 1)
+        try:
+            with ThreadPoolExecutor(self.n_workers, initializer=torch.set_num_threads, initargs=(share,)) as executor:
+                yield from _drive(executor, function, items, IN_FLIGHT * self.n_workers)
+        finally:
+            torch.set_num_threads(whole)
 
 
 class Processes:

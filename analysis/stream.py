@@ -58,6 +58,8 @@ class Stream(IterableDataset[Batch]):
     or several: then batches are [batch_tokens, len(at), …]. `without_first` leaves out each row's first visible
     position. With `index`, batches are (values, index): run, sequence, stored position of each row, int64 [n, 3].
     `dtype` converts; by default values are as stored. `threads` threads fill one window while another is handed out.
+    `direct` reads around the page cache, which is faster where the disk is and nothing lies in the cache; by default
+    where an epoch has more bytes than half of the free memory.
 
     Shuffling is in two steps: pieces of about 512 KB are permuted over all runs, and the rows of a window of pieces are
     permuted. Two windows take `buffer_bytes`. `quality` says how well that mixes. Without `shuffle`, rows come in the
@@ -87,6 +89,7 @@ class Stream(IterableDataset[Batch]):
         dtype: torch.dtype | None = None,
         buffer_bytes: int = BUFFER_BYTES,
         threads: int = READERS,
+        direct: bool | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         partial: bool = False,
@@ -112,7 +115,7 @@ class Stream(IterableDataset[Batch]):
             if value < low:
                 raise ValueError(f"{name} is {value}; expected a whole number from {low} on.")
         self.rank, self.world_size = _ranks(rank, world_size)
-        self._filler = Filler(runs, site, leads, cut_pieces(runs, site, without_first, partial), index)
+        self._filler = Filler(runs, site, leads, cut_pieces(runs, site, without_first, partial), index, direct)
         self.pieces, row_bytes = self._filler.pieces, self._filler.row_bytes
         self.window_rows = buffer_bytes // 2 // row_bytes
         if self.window_rows < batch_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -10,8 +11,30 @@ from typing import Any
 import numpy as np
 
 from headwater.analysis.pieces import Pieces, Windows
+from headwater.extractor.machine import available_memory
 from headwater.store.reader import Run, open_run
 from headwater.store.rows import RowReader
+from headwater.store.shard import PAGE, page_buffer
+
+
+class Spare:
+    """Memory for batches, used again once nobody holds what was made of it: fresh pages cost as much as a copy."""
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray] = [page_buffer(0)]
+        self._references = sys.getrefcount(self._kept[0])
+
+    def take(self, n: int, row_bytes: int) -> np.ndarray:
+        """Return room for n rows, one void element each."""
+        size = n * row_bytes
+        free = [at for at in range(len(self._kept)) if sys.getrefcount(self._kept[at]) == self._references]
+        at = next((at for at in free if self._kept[at].nbytes >= size), None)
+        if at is None:
+            for old in reversed(free):
+                del self._kept[old]
+            self._kept.append(page_buffer(size))
+            at = -1
+        return self._kept[at][:size].view((np.void, row_bytes))
 
 
 @dataclass
@@ -35,13 +58,18 @@ class Window:
 class Filler:
     """Copy the pieces of windows out of runs; travels to other processes as the runs' paths."""
 
-    def __init__(self, runs: Sequence[Run], site: str, leads: list[list[int]], pieces: Pieces, index: bool) -> None:
-        self._readers: list[RowReader] | None = [RowReader(run, site) for run in runs]
-        self._paths = [run.path for run in runs]
+    def __init__(
+        self, runs: Sequence[Run], site: str, leads: list[list[int]], pieces: Pieces, index: bool, direct: bool | None
+    ) -> None:
         self.site, self.leads, self.pieces, self.index = site, leads, pieces, index
         self.shape, self.dtype = runs[0][site].shape[3:], runs[0][site].dtype
         self.n_lead = len(leads[0])
         self.vector_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
+        if direct is None:
+            direct = int(pieces.counts.sum()) * self.row_bytes > available_memory() // 2
+        self._readers: list[RowReader] | None = [RowReader(run, site, direct) for run in runs]
+        self._paths, self._direct = [run.path for run in runs], direct
+        self._spare = Spare()
 
     @property
     def row_bytes(self) -> int:
@@ -49,13 +77,13 @@ class Filler:
         return self.n_lead * self.vector_bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": None}
+        return self.__dict__ | {"_readers": None, "_spare": Spare()}
 
     def make_buffer(self, window_rows: int) -> np.ndarray:
         """Make room for any window of `window_rows`: one void element for every row."""
         counts = self.pieces.counts
         n = min(window_rows + int(counts.max()), int(counts.sum()))
-        return np.empty(n, np.dtype((np.void, self.row_bytes)))
+        return page_buffer(n * self.row_bytes)[: n * self.row_bytes].view((np.void, self.row_bytes))
 
     def fill(
         self, executor: Executor, n_parts: int, windows: Windows, seed: int | None, epoch: int, at: int,
@@ -73,7 +101,8 @@ class Filler:
         rows = buffer[:n].view(self.dtype).reshape(n, self.n_lead, -1)
 
         def copy(share: range) -> None:
-            scratch = np.empty((self.pieces.longest, rows.shape[2]), self.dtype)
+            size = self.pieces.longest * self.vector_bytes
+            scratch = page_buffer(size)[:size].view(self.dtype).reshape(self.pieces.longest, -1)
             for i in share:
                 here = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
                 self._copy(int(mine[i]), rows[here], index[here], scratch)
@@ -84,18 +113,20 @@ class Filler:
     def take(self, window: Window, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Copy some rows out of a window in its order: values [n, lead, …] and index [n, 3]."""
         chosen = window.order[first:last]
-        values = window.rows[chosen].view(self.dtype).reshape(len(chosen), self.n_lead, *self.shape)
+        rows = self._spare.take(len(chosen), self.row_bytes)
+        np.take(window.rows, chosen, out=rows, mode="clip")
+        values = rows.view(self.dtype).reshape(len(chosen), self.n_lead, *self.shape)
         return values, window.index[chosen] if self.index else window.index
 
     def _copy(self, piece: int, rows: np.ndarray, index: np.ndarray, scratch: np.ndarray) -> None:
         """Copy the wanted rows of a piece to where they belong: rows [n, lead, width], index [n, 3]."""
         if self._readers is None:
-            self._readers = [RowReader(open_run(path), self.site) for path in self._paths]
+            self._readers = [RowReader(open_run(path), self.site, self._direct) for path in self._paths]
         run, sequence, first, last = (int(x) for x in self.pieces.place[piece])
         whole = len(rows) == last - first
         keep = slice(None) if whole else self.pieces.rows(piece)
         read = self._readers[run].read
-        if whole and self.n_lead == 1:
+        if whole and self.n_lead == 1 and rows.ctypes.data % PAGE == 0:
             read(self.leads[run][0], sequence, first, last, rows[:, 0])
         else:
             part = scratch[: last - first]

@@ -14,6 +14,7 @@ from headwater.store.layout import ArraySpec
 from headwater.store.reader import Run, open_run
 
 BASE_BYTES = 64 << 20
+AHEAD_BYTES = 256 << 20
 
 
 class Work:
@@ -31,6 +32,7 @@ class Work:
         tokens, row_start = read_text(self.run, first, last)
         states = [reducer.zero() for reducer in self.reducers]
         groups = _groups(self.run, self.reducers)
+        self._ask_ahead(first, last)
         for low in range(first, last, max(n for (_, n), _ in groups)):
             high = min(low + max(n for (_, n), _ in groups), last)
             for (joint, n), members in groups:
@@ -42,6 +44,18 @@ class Work:
         for reducer, state in zip(self.reducers, states, strict=True):
             _check_finite(reducer, state, self.run, first, last)
         return states
+
+    def _ask_ahead(self, first: int, last: int) -> None:
+        """Let the system read what the reducers will ask for, as far as AHEAD_BYTES go, while they compute."""
+        wanted = {(site, lead) for r in self.reducers for site in r.sites for lead in _leads(self.run, r)}
+        n_bytes = 0
+        for site, lead in sorted(wanted):
+            spec = self.run.spec(site)
+            n_bytes += _sequence_bytes(spec) * (last - first)
+            if n_bytes > AHEAD_BYTES:
+                return
+            if spec.axis is not None or lead == 0:
+                self.run.fetch_ahead(site, lead, first, last)
 
     def _feed(self, chunk: Chunk, joint: bool, members: list[int], states: list[State]) -> None:
         if joint:

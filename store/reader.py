@@ -103,6 +103,22 @@ class Run:
         for block in self.ledger.committed():
             yield (block, *self.manifest.block_range(block))
 
+    def fetch_ahead(self, name: str, lead: int, first: int, last: int) -> None:
+        """Ask the system to read the shards with sequences [first, last) at a lead, without waiting; on disk only."""
+        if isinstance(self.path, ObjectPath) or not hasattr(os, "posix_fadvise"):
+            return
+        spec = self.spec(name)
+        place = lead // spec.layers_per_shard if spec.axis else 0
+        for group in range(first // spec.sequences_per_shard, -(-last // spec.sequences_per_shard)):
+            try:
+                file = os.open(str(self.path / spec.shard_path(place, group)), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
+
     def to_xarray(self) -> Any:
         """Open the run as an xarray dataset; values are read when they are used."""
         import xarray

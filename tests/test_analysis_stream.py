@@ -167,3 +167,29 @@ def test_the_training_loop_of_the_documentation_learns(residuals, tmp_path, monk
     losses = names["losses"]
     assert len(losses) == 2 * (48 * 255 // 256) and np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
     assert json.loads((tmp_path / "stream.json").read_text())["epoch"] == 2
+
+
+def test_a_batch_that_is_kept_is_not_written_again(residuals):
+    batches = residuals.stream("resid", 512, at=1, buffer_bytes=1 << 20, index=True)
+    kept = [(values, index) for i, (values, index) in enumerate(batches) if i % 3 == 0]
+    views = [values.numpy()[:, :4] for values, _ in kept]
+    addresses = {values.data_ptr() for values, _ in kept}
+    for _ in residuals.stream("resid", 512, at=1, buffer_bytes=1 << 20):
+        pass
+    assert len(addresses) == len(kept)
+    for view, (values, index) in zip(views, kept, strict=True):
+        right = residuals["resid"][1][index[:, 1].numpy(), index[:, 2].numpy()]
+        np.testing.assert_array_equal(values.numpy(), right)
+        np.testing.assert_array_equal(view, right[:, :4])
+
+
+def test_memory_of_batches_is_used_again(residuals):
+    addresses = [values.data_ptr() for values in residuals.stream("resid", 512, at=1, buffer_bytes=1 << 20)]
+    assert len(addresses) > 10 and len(set(addresses)) <= 3
+
+
+@pytest.mark.parametrize("at", [1, [0, 2]])
+def test_reading_around_the_page_cache_changes_nothing(residuals, at):
+    usual, direct = (residuals.stream("resid", 300, at=at, buffer_bytes=1 << 20, direct=d) for d in (False, True))
+    for a, b in zip(usual, direct, strict=True):
+        assert torch.equal(a, b)
