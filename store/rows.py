@@ -20,8 +20,8 @@ class RowReader:
     """Rows of an array with a leading dimension: positions of one sequence that lie inside one chunk.
 
     The indexes of shards that were read are kept: 16 bytes a chunk. Compressed chunks, objects and what is missing go
-    the way of `RunArray`. Up to KEPT_FILES files are kept open. With `direct`, what lies on whole pages, in the file and
-    in memory, is read around the page cache, where the file system allows it. Threads may share a reader.
+    the way of `RunArray`. Up to KEPT_FILES files are kept open. With `direct`, what lies on whole pages, in the file
+    and in memory, is read around the page cache, where the file system allows it. Threads may share a reader.
     """
 
     def __init__(self, run: Run, name: str, direct: bool = False) -> None:
