@@ -6,6 +6,7 @@ nothing is there (NaN), and silently wrong otherwise. `kept` is the share of sur
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -113,7 +114,7 @@ def _inspect(reader: PeerProcess, work: Work, target: Path, expected: list[np.nd
         kept = sum(size for path, (changed, size) in before.items()
                    if path.exists() and (path.stat().st_mtime_ns, path.stat().st_size) == (changed, size))  # fmt: skip
     except PeerMissing as error:
-        rerun = f"refused: {error}"[:120]
+        rerun = f"refused: {error}".replace(f"{target.parent.parent}/", "")[:120]
     share = round(kept / max(sum(size for _, size in before.values()), 1), 3)
     counts = {name: states.count(name) for name in ("right", "missing", "silently_wrong")}
     return counts | {"kept": share, "rerun": rerun}
@@ -133,12 +134,13 @@ def _states(work: Work, found: list[np.ndarray | None], expected: list[np.ndarra
 
 
 def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    """List the files in a folder whose folders may be renamed or deleted meanwhile."""
+    return [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
 
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in _files(folder) if folder.exists() else ():
+    for path in _files(folder):
         try:
             total += path.stat().st_size
         except FileNotFoundError:  # renamed meanwhile
