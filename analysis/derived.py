@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -32,9 +31,10 @@ from headwater.store.manifest import (
     write_metadata,
     write_static,
 )
+from headwater.store.place import clear_temporary
 from headwater.store.reader import Run, open_run
 from headwater.store.shard import crc32c
-from headwater.store.writer import INTERNAL, BlockWriter, file_sums
+from headwater.store.writer import BlockWriter, file_sums
 
 SQUARES = ("query", "key")
 Compute = Callable[[int, slice, slice], np.ndarray]
@@ -125,9 +125,7 @@ def _compute(
     done = ledger.trusted()
     missing = [block for block in blocks if block not in done]
     _check_room(out, spec.stored_bytes(len(missing) * m.block))
-    for item in (out / INTERNAL / "tmp").iterdir():
-        if item.is_file():
-            item.unlink()
+    clear_temporary(out)
     progress = ScanProgress(1, len(blocks), len(blocks) - len(missing))
     writer = BlockWriter(out, (spec,), m.block)
     try:
@@ -160,7 +158,9 @@ def _fill(writer: BlockWriter, spec: ArraySpec, first: int, last: int, compute: 
 
 
 def _check_room(out: Path, n_bytes: int) -> None:
-    free = shutil.disk_usage(out).free
+    from headwater.extractor.plan import free_disk
+
+    free = free_disk(out)
     if n_bytes > free:
         raise RunError(
             f"{out} needs {n_bytes:,} bytes, but {free:,} are free. Take fewer directions (--k) or depths, or free "

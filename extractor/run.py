@@ -31,7 +31,7 @@ from headwater.store.ledger import COMPACT_AT, Entry, Ledger
 from headwater.store.lock import hold, probe
 from headwater.store.manifest import Manifest, RunError, check_target, manifest_path, read_manifest, settle
 from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, place_of
+from headwater.store.place import Place, clear_temporary, place_of
 from headwater.store.publish import clear_unpublished, publish
 from headwater.store.reader import Run, open_run
 from headwater.store.scratch import scratch_folder
@@ -217,7 +217,7 @@ def _compute(
     if not missing:
         return
     check_resources(plan, run, done=len(committed) / plan.n_blocks)
-    _clear_temporary(run)
+    clear_temporary(run)
     if config.ray is None and config.workers * plan.host_bytes > (memory := available_memory()):
         raise RequestError(
             f"{config.workers} workers need {show_bytes(plan.host_bytes)} of memory each, but {show_bytes(memory)} are "
@@ -328,16 +328,6 @@ def _check_sources(config: RunConfig, manifest: Manifest) -> None:
                 f"{added[0]} is new since the text was committed into {config.out}. More text is another "
                 "run: choose another --out (analyses take several runs), or move the file away."
             )
-
-
-def _clear_temporary(run: Place) -> None:
-    """Delete what dead attempts left; the lock makes sure that nobody else is writing."""
-    if isinstance(run, ObjectPath):
-        run.delete([item for item in (run / "headwater" / "tmp").iterdir()])
-        return
-    for item in os.scandir(run / "headwater" / "tmp"):
-        if item.is_file():
-            os.unlink(item.path)
 
 
 class _threads:

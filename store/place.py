@@ -129,6 +129,16 @@ def delete_all(folder: Place, names: Iterable[str]) -> None:
         sync_directory(folder)
 
 
+def clear_temporary(run: Place) -> None:
+    """Delete what dead attempts left; whoever holds the lock may do this, since nobody else is writing."""
+    if isinstance(run, ObjectPath):
+        run.delete([item for item in (run / INTERNAL / "tmp").iterdir()])
+        return
+    for item in os.scandir(run / INTERNAL / "tmp"):
+        if item.is_file():
+            os.unlink(item.path)
+
+
 def size_of(path: Place) -> int:
     """Return a file's bytes; raise FileNotFoundError without it."""
     return path.size() if isinstance(path, ObjectPath) else path.stat().st_size
