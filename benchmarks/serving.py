@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,16 @@ class Server:
     def finish(self, number: int) -> dict[str, Any]:
         """Wait until a job has ended; return it."""
         return self.wait_for(number, lambda job: job["state"] not in ("queued", "running"))
+
+    def fetch(self, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:
+        """Return status, headers and body of an answer; errors too."""
+        request = urllib.request.Request(self.url + path, headers=headers, method=method)
+        try:
+            answer = urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            return answer.status, answer.headers, answer.read()
 
     def _answers(self) -> bool:
         try:

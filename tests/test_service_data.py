@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pyarrow.ipc
@@ -31,19 +29,8 @@ def server(analysis_run):
         yield server
 
 
-def fetch(server, path, **headers):
-    """Return status, headers and body; errors too."""
-    request = urllib.request.Request(server.url + path, headers=headers)
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        return answer.status, answer.headers, answer.read()
-
-
 def read(server, path):
-    status, headers, body = fetch(server, path)
+    status, headers, body = server.fetch(path)
     assert status == 200, body
     return np.load(io.BytesIO(body), allow_pickle=False), headers
 
@@ -74,9 +61,9 @@ def test_a_file_is_read_in_ranges(server, analysis_run):
     path = f"plain/{spec.shard_path(0, 0)}"
     whole = (analysis_run("plain").path.parent / path).read_bytes()
     for wanted, part in (("bytes=16-99", whole[16:100]), ("bytes=-24", whole[-24:]), ("bytes=4096-", whole[4096:])):
-        status, headers, body = fetch(server, f"/runs/{path}", range=wanted)
+        status, headers, body = server.fetch(f"/runs/{path}", range=wanted)
         assert (status, body) == (206, part) and headers["content-range"].endswith(f"/{len(whole)}")
-    assert fetch(server, f"/runs/{path}", range=f"bytes={len(whole)}-")[0] == 416
+    assert server.fetch(f"/runs/{path}", range=f"bytes={len(whole)}-")[0] == 416
 
 
 @pytest.mark.parametrize(("query", "key"), [
@@ -91,7 +78,7 @@ def test_slices_are_the_runs_values(server, analysis_run, query, key):
     values, headers = read(server, f"/runs/plain/arrays/{query}")
     np.testing.assert_array_equal(values, run[site][key])
     assert values.dtype == run[site].dtype and len(headers["x-headwater-dims"].split(",")) == values.ndim
-    _, _, body = fetch(server, f"/runs/plain/arrays/{query}&format=arrow")
+    _, _, body = server.fetch(f"/runs/plain/arrays/{query}&format=arrow")
     table = pyarrow.ipc.open_stream(body).read_all()
     arrow = np.array(table["values"].to_pylist()).reshape(json.loads(table.schema.metadata[b"shape"]))
     np.testing.assert_array_equal(arrow, values)
@@ -117,7 +104,7 @@ def test_small_arrays_are_read_in_part(server, analysis_run):
     ("plain/results/sinks2", 404, "no result 'sinks2'"),
 ])  # fmt: skip
 def test_wrong_requests_say_what_is_wrong(server, path, status, part):
-    code, _, body = fetch(server, f"/runs/{path}")
+    code, _, body = server.fetch(f"/runs/{path}")
     assert code == status and part in json.loads(body)["detail"]
 
 

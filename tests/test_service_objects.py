@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
@@ -92,17 +91,6 @@ def server(store, local, home):
         yield server
 
 
-def fetch(server, path, method="GET", **headers):
-    """Return status, headers and body; errors too."""
-    request = urllib.request.Request(server.url + path, headers=headers, method=method)
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        return answer.status, answer.headers, answer.read()
-
-
 def stored(url):
     """What a run promises: its objects outside the bookkeeping."""
     run = place_of(url)
@@ -132,12 +120,12 @@ def test_slices_figures_and_results_are_those_of_the_disk(server, local):
     run, _ = local
     for query, site, key in (("layer=1&sequence=3&head=1", "pattern", (1, 3, 1)), ("depth=2", "resid", 2),
                              ("sequence=2:5&position=4", "loss", (slice(2, 5), 4))):
-        status, _, body = fetch(server, f"/runs/deep/one/arrays/{site}?{query}")
+        status, _, body = server.fetch(f"/runs/deep/one/arrays/{site}?{query}")
         assert status == 200, body
         np.testing.assert_array_equal(np.load(io.BytesIO(body), allow_pickle=False), run[site][key])
-    _, _, body = fetch(server, "/runs/deep/one/arrays/tokens?sequence=1:3")
+    _, _, body = server.fetch("/runs/deep/one/arrays/tokens?sequence=1:3")
     np.testing.assert_array_equal(np.load(io.BytesIO(body), allow_pickle=False), run.tokens[1:3])
-    _, _, body = fetch(server, "/runs/deep/one/thumbnails?sequence=1&layer=0")
+    _, _, body = server.fetch("/runs/deep/one/thumbnails?sequence=1&layer=0")
     np.testing.assert_array_equal(np.load(io.BytesIO(body), allow_pickle=False), thumbnails(run, 1, 0))
     for kind in ("tokens", "sinks", "norm", "massive", "cosine", "token"):
         figure = server.client.get(f"/runs/deep/one/figures/{kind}?sequence=2&position=3")
@@ -162,18 +150,18 @@ def test_a_file_is_read_in_ranges(server, local, monkeypatch):
     path, whole = f"/runs/deep/one/{shard}", (local[0].path / shard).read_bytes()
     n = len(whole)
     for wanted, part in ((f"bytes=16-{n + 9}", whole[16:]), ("bytes=16-99", whole[16:100]), ("bytes=-24", whole[-24:])):
-        status, headers, body = fetch(server, path, range=wanted)
+        status, headers, body = server.fetch(path, range=wanted)
         assert (status, body) == (206, part) and headers["content-range"].endswith(f"/{n}")
     for wanted in ("", "bytes=", "lines=1-2", "bytes=0-1,4-5"):
-        assert fetch(server, path, range=wanted)[::2] == (200, whole)
+        assert server.fetch(path, range=wanted)[::2] == (200, whole)
     for wanted in (f"bytes={n}-", "bytes=-0", "bytes=9-3"):
-        status, headers, body = fetch(server, path, range=wanted)
+        status, headers, body = server.fetch(path, range=wanted)
         assert (status, body, headers["content-range"]) == (416, b"", f"bytes */{n}")
-    status, headers, body = fetch(server, path, "HEAD")
+    status, headers, body = server.fetch(path, "HEAD")
     assert (status, body, headers["content-length"]) == (200, b"", str(n))
     tagged = {"range": "bytes=0-9", "if-range": headers["etag"]}
-    assert fetch(server, path, **tagged)[::2] == (206, whole[:10])
-    assert fetch(server, path, **tagged | {"if-range": '"old"'})[::2] == (200, whole)
+    assert server.fetch(path, **tagged)[::2] == (206, whole[:10])
+    assert server.fetch(path, **tagged | {"if-range": '"old"'})[::2] == (200, whole)
 
 
 @pytest.mark.parametrize("path", [
@@ -185,7 +173,7 @@ def test_a_file_is_read_in_ranges(server, local, monkeypatch):
 ])  # fmt: skip
 def test_no_name_leads_out_of_the_prefix(server, path):
     for tail in ("", "/about", "/arrays/loss", "/results/sinks", "/figures/tokens?sequence=0"):
-        status, _, body = fetch(server, f"/runs/{path}{tail}")
+        status, _, body = server.fetch(f"/runs/{path}{tail}")
         assert status in (400, 404, 422) and b"secret" not in body.replace(b"secret.txt", b""), (tail, body)
 
 
