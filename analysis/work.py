@@ -47,15 +47,15 @@ class Work:
 
     def _ask_ahead(self, first: int, last: int) -> None:
         """Let the system read what the reducers will ask for, as far as AHEAD_BYTES go, while they compute."""
-        wanted = {(site, lead) for r in self.reducers for site in r.sites for lead in _leads(self.run, r)}
+        specs = {site: self.run.spec(site) for r in self.reducers for site in r.sites}
+        wanted = {(site, lead if specs[site].axis else 0)
+                  for r in self.reducers for site in r.sites for lead in _leads(self.run, r)}  # fmt: skip
         n_bytes = 0
         for site, lead in sorted(wanted):
-            spec = self.run.spec(site)
-            n_bytes += _sequence_bytes(spec) * (last - first)
+            n_bytes += _sequence_bytes(specs[site]) * (last - first)
             if n_bytes > AHEAD_BYTES:
                 return
-            if spec.axis is not None or lead == 0:
-                self.run.fetch_ahead(site, lead, first, last)
+            self.run.fetch_ahead(site, lead, first, last)
 
     def _feed(self, chunk: Chunk, joint: bool, members: list[int], states: list[State]) -> None:
         if joint:

@@ -17,7 +17,6 @@ from headwater.analysis import figures
 from headwater.benchmarks.registry import RESULTS
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "training-dynamics.svg"
-RESETS = ("none", "first", "second", "both")
 ROWS = (("share_max", "share on the first token"), ("largest", "largest |x|"))
 LABELS = {"none": "moments kept", "first": "first reset", "second": "second reset", "both": "both reset"}
 Table = dict[tuple[str, str, str], dict[int, dict[str, float]]]
@@ -30,7 +29,7 @@ def main() -> int:
     warmup = max(w for _, reset, w in table if reset != "scratch")
     with figures.style():
         figure, axes = figures.make_figure(2, 3, height=4.6, sharey="row")
-        columns = (("from scratch", ["scratch"], None), ("no warm-up", RESETS, "0"), ("warm-up", RESETS, warmup))
+        columns = (("from scratch", ["scratch"], None), ("no warm-up", LABELS, "0"), ("warm-up", LABELS, warmup))
         for at, (title, resets, w) in enumerate(columns):
             for row, (column, label) in enumerate(ROWS):
                 axis = axes[row, at]

@@ -154,9 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         r = simulate(costs, n, n_blocks)
         print(f"{n:7} {r['seconds']:10,.0f} {alone / r['seconds']:9.1f} {r['gpu']:10.1%} {r['driver']:9.1%}"
               f"{r['ledger']:9.1%}{r['network']:9.1%}{r['store']:9.1%}{r['lost']:9.0f}")  # fmt: skip
-    found = {name: n / costs.block_seconds for name, n in limits(costs).items()}
-    print("busy all the time at: " + ", ".join(f"{name} {rate:,.0f} blocks/s" for name, rate in found.items()))
-    print("with workers: " + ", ".join(f"{name} {rate * costs.block_seconds:,.0f}" for name, rate in found.items()))
+    found = limits(costs)
+    rates = ", ".join(f"{name} {n / costs.block_seconds:,.0f} blocks/s" for name, n in found.items())
+    print(f"busy all the time at: {rates}")
+    print("with workers: " + ", ".join(f"{name} {n:,.0f}" for name, n in found.items()))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from fastapi import Request, Response
@@ -58,7 +59,8 @@ def file_response(path: Place, request: Request) -> Response:
     if request.method == "HEAD" or high == low:
         return Response(None, status, headers, kind)
     pieces = _pieces(path, low, high)
-    return StreamingResponse(_again(next(pieces), pieces), status, headers, kind)
+    first = next(pieces)  # read before anything is answered
+    return StreamingResponse(chain([first], pieces), status, headers, kind)
 
 
 def _span(asked: str, n_bytes: int) -> tuple[int, int, int]:
@@ -76,12 +78,6 @@ def _span(asked: str, n_bytes: int) -> tuple[int, int, int]:
 def _pieces(path: ObjectPath, low: int, high: int) -> Iterator[bytes]:
     for at in range(low, high, PIECE_BYTES):
         yield from path.read_ranges([(at, min(PIECE_BYTES, high - at))])
-
-
-def _again(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield a piece that was read before anything was answered, then the rest."""
-    yield first
-    yield from rest
 
 
 def _is_run(root: Place, name: str, folder: Place) -> bool:
