@@ -36,14 +36,30 @@ def ratio(seconds: Mapping[str, list[float]], case: str, to: str) -> float:
     return statistics.median(b / a for a, b in zip(seconds[case], seconds[to], strict=True))
 
 
-def gemm_rate(rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32, limit: float = 3.0) -> float:
+def gemm_rate(
+    rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32, limit: float = 3.0, device: str = "cpu"
+) -> float:
     """Return the FLOP/s of the best of 12 large matrix products (fewer after `limit` seconds): a forward's limit."""
-    a, b = torch.randn(rows, inner).to(dtype), torch.randn(inner, columns).to(dtype)
-    out = torch.empty(rows, columns, dtype=dtype)
+    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+    out = torch.empty(rows, columns, dtype=dtype, device=device)
     end, seconds = time.perf_counter() + limit, list[float]()
+
+    times = 1 if device == "cpu" else 20
+
+    def multiply() -> None:
+        for _ in range(times):
+            torch.mm(a, b, out=out)
+        synchronize(device)
+
     while not seconds or (len(seconds) < 12 and time.perf_counter() < end):
-        seconds.append(_timed(lambda: torch.mm(a, b, out=out)))
+        seconds.append(timed(multiply) / times)
     return 2 * rows * inner * columns / min(seconds)
+
+
+def synchronize(device: str) -> None:
+    """Wait for what was queued on a device."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
 
 
 def peak_bytes() -> int:
@@ -57,17 +73,19 @@ def peak_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def machine() -> dict[str, str]:
-    """Name the machine and the software, for results files."""
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Name the machine, its GPU where one was used, and the software, for results files."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
             name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
     return {
         "date": date.today().isoformat(),
         "processor": name,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        **gpu,
     }
 
 
@@ -77,7 +95,8 @@ def results_folder() -> Path:
 
 
 def write_csv(
-    name: str, rows: list[dict[str, Any]], folder: Path | None = None, keys: Sequence[str] | None = None
+    name: str, rows: list[dict[str, Any]], folder: Path | None = None, keys: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Write dated results with the machine's name in every row; return the file.
 
@@ -86,7 +105,7 @@ def write_csv(
     folder = folder or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{date.today().isoformat()}.csv"
-    full = [machine() | row for row in rows]
+    full = [machine(device) | row for row in rows]
     if keys and path.exists():
         replaced = {tuple(str(row[key]) for key in keys) for row in rows}
         with path.open(newline="") as file:
@@ -99,7 +118,8 @@ def write_csv(
     return path
 
 
-def _timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any]) -> float:
+    """Return the seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

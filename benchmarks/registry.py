@@ -10,6 +10,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BENCHMARKS = {
     "analysis": ("bench_analysis", "analyses and streams: memory, reading and GEMM rate, beside dask and scikit-learn"),
     "extract": ("bench_extract", "extraction to disk against forward passes that capture nothing"),
+    "gpu": ("bench_gpu", "extraction on a GPU to disk against forward passes that capture nothing"),
     "inverted": ("train_inverted_heads", "toy models whose two heads must rank tokens in opposite orders"),
     "peers": ("bench_peers", "the same captures by transformers, TransformerLens, nnsight, SAELens and Headwater"),
     "survive": ("bench_survive", "what is left of captures that are killed, and what running them again does"),

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,6 +18,11 @@ from headwater.kernels.launch import HEAD_SIZES, Config, arch_of, parse
 
 TABLE = Path(launch_table.__file__)
 Timer = Callable[[str, int, torch.dtype, Config], float]
+DEEPER = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 64, 4, 3),
+          (128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 1),
+          (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 3))
+DEEPER_COLUMNS = ((64, 128, 8, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2),
+                  (32, 128, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3))
 
 
 def show(config: Config) -> str:
@@ -32,7 +41,9 @@ def pick(kernel: str, size: int, dtype: torch.dtype, candidates: list[Config], t
             print(f"  {kernel} {size} {show(config)}: {str(error).splitlines()[0]}", flush=True)
     if not times:
         raise RuntimeError(f"no candidate of {kernel}, d_head {size}, {dtype} runs on this device")
-    return min(times, key=lambda config: times[config])
+    ranked = sorted(times, key=lambda config: times[config])
+    print(f"{kernel} {size} {dtype}: " + ", ".join(f"{show(c)} {times[c]:.4f}" for c in ranked[:4]), flush=True)
+    return ranked[0]
 
 
 def write_rows(rows: dict[tuple[str, str, int], dict[int, str]], path: Path = TABLE) -> None:
@@ -47,23 +58,47 @@ def write_rows(rows: dict[tuple[str, str, int], dict[int, str]], path: Path = TA
     path.write_text(text, "utf-8")
 
 
-def retune() -> int:
-    """Tune every row of this device's part of the table and rewrite it."""
-    from headwater.benchmarks.aot_cases import CANDIDATES, COLUMN_CANDIDATES, FULL_CANDIDATES, KERNELS
+def candidates_of(kernel: str, bits: int, tma: bool) -> list[Config]:
+    """Return what a row is chosen from: blocks that the compiler's choice starts from, and larger and deeper ones."""
+    from headwater.benchmarks.aot_cases import CANDIDATES, COLUMN_CANDIDATES, FULL_CANDIDATES
+
+    known = COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
+    deeper = () if bits == 32 else DEEPER_COLUMNS if kernel == "column" else DEEPER
+    return [Config(m, n, w, s, tma=described) for (m, n, w, s), described in
+            product(dict.fromkeys((*known, *deeper)), (True, False) if tma else (False,))]
+
+
+def compile_ahead(tasks: Sequence[tuple[str, int, torch.dtype, Config]]) -> None:
+    """Compile candidates into Triton's cache, a process for each core; what fails here fails again when it is timed."""
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, tasks, chunksize=4))
+
+
+def _compile(task: tuple[str, int, torch.dtype, Config]) -> None:
+    try:
+        make_launch(*task, "cuda").run()
+        torch.cuda.synchronize()
+    except Exception:
+        return
+
+
+def retune(sizes: Sequence[int] = HEAD_SIZES, all_bits: Sequence[int] = (16, 32)) -> int:
+    """Tune the rows of this device's part of the table for some head sizes and rewrite them."""
+    from headwater.benchmarks.aot_cases import KERNELS
 
     arch = arch_of(torch.device("cuda"))
-    rows = {}
-    for kernel in KERNELS:
-        for bits, dtype in ((16, torch.float16), (32, torch.float32)):
-            blocks = COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
-            candidates = [Config(m, n, w, s, tma=tma) for m, n, w, s in blocks
-                          for tma in ((True, False) if arch in ("sm_90", "sm_100") else (False,))]
-            rows[arch, kernel, bits] = {}
-            for size in HEAD_SIZES:
-                best = pick(kernel, size, dtype, candidates, time_on_gpu)
-                rows[arch, kernel, bits][size] = show(best)
-                print(f"{arch} {kernel} {bits} bits, d_head {size}: {show(best)}", flush=True)
-    write_rows(rows)
+    dtypes = {16: torch.float16, 32: torch.float32}
+    rows = {(kernel, bits): candidates_of(kernel, bits, arch in ("sm_90", "sm_100"))
+            for kernel, bits in product(KERNELS, all_bits)}
+    compile_ahead([(kernel, size, dtypes[bits], config) for (kernel, bits), candidates in rows.items()
+                   for size in sizes for config in candidates])
+    found = {}
+    for (kernel, bits), candidates in rows.items():
+        found[arch, kernel, bits] = dict(launch_table.TABLE[arch, kernel, bits])
+        for size in sizes:
+            best = pick(kernel, size, dtypes[bits], candidates, time_on_gpu)
+            found[arch, kernel, bits][size] = show(best)
+    write_rows(found)
     print(f"wrote {TABLE}; compile it with python -m headwater.benchmarks.aot --all --arch {arch}")
     return 0
 
