@@ -196,6 +196,7 @@ def time_cases(cases: dict[str, Callable[[], Any]], device: str, rounds: int) ->
 
 
 def _time_on_gpu(case: Callable[[], Any]) -> float:
+    """Return a case's seconds on the GPU alone: its launches are all queued before the first may begin."""
     event: Any = torch.cuda.Event
     begin, end = event(enable_timing=True), event(enable_timing=True)
     torch.empty(64 << 20, dtype=torch.int32, device="cuda").zero_()  # the L2 cache forgets the last case

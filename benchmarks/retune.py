@@ -108,7 +108,7 @@ def time_on_gpu(kernel: str, size: int, dtype: torch.dtype, config: Config) -> f
     from triton.testing import do_bench
 
     launch = make_launch(kernel, size, dtype, config, "cuda")
-    return float(do_bench(launch.run))
+    return float(do_bench(launch.run, warmup=5, rep=30, return_mode="median"))
 
 
 def make_launch(kernel: str, size: int, dtype: torch.dtype, config: Config, device: str, n_positions: int = 1024):
