@@ -37,6 +37,7 @@ from headwater.store.reader import open_run
 
 VARIANTS = {"residual": ("resid",), "statistics": STATISTICS, "residual + statistics": ("resid", *STATISTICS),
             "residual + patterns": ("resid", "pattern")}
+KEYS = ("model", "compute", "seq_len", "sequences", "folder", "case")
 LINK_BYTES, DISK_BYTES = 256 << 20, 1 << 30
 
 
@@ -74,10 +75,16 @@ def eager_to_disk(model: Any, batches: list[torch.Tensor], folder: Path) -> Call
             out = model(ids, use_cache=False, output_hidden_states=True, output_attentions=True)
             for name, values in (("resid", out.hidden_states), ("pattern", out.attentions)):
                 for depth, value in enumerate(values):
-                    np.save(folder / f"{name}-{depth}-{i}.npy", value.half().cpu().numpy())
-        os.sync()
+                    with open(folder / f"{name}-{depth}-{i}.npy", "wb") as file:
+                        np.save(file, value.half().cpu().numpy())
+                        os.fsync(file.fileno())
 
     return torch.inference_mode()(capture)
+
+
+def told(name: str, case: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that calls a case and says how long it took."""
+    return lambda: print(f"{name}: {timed(case):.2f} s", file=sys.stderr, flush=True)
 
 
 def link_rate(device: str) -> float:
@@ -137,7 +144,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     if options.eager:
         eager = type(made).from_pretrained(folder / "model", attn_implementation="eager").to(device, COMPUTE[compute])
         cases["transformers eager"] = eager_to_disk(eager.train(False), tokens, folder / "eager")
-    seconds = interleave(cases, options.rounds)
+    seconds = interleave({name: told(name, case) for name, case in cases.items()}, options.rounds)
     limits = {
         "gemm_TFLOPS": gemm_rate(micro * length, checkpoint.config.d_model, checkpoint.config.d_mlp, COMPUTE[compute],
                                  device=device) / 1e12,
@@ -164,16 +171,16 @@ def line(
     """Return one row: speed, ratios, shares of the limits and where the time went."""
     rate = options.sequences * options.seq_len / statistics.median(seconds[name])
     row = {"model": options.size, "compute": options.compute, "seq_len": options.seq_len,
-           "sequences": options.sequences, "rounds": options.rounds, "case": name, "tokens_per_second": round(rate),
+           "sequences": options.sequences, "rounds": options.rounds,
+           "folder": options.folder or tempfile.gettempdir(), "case": name, "tokens_per_second": round(rate),
            "x_transformers": round(ratio(seconds, name, "transformers"), 3),
            "x_plain": round(ratio(seconds, name, "plain"), 3),
            "of_gemm_rate": round(rate * per_token / limits["gemm_TFLOPS"] / 1e12, 3),
            "of_link": "", "of_disk": "", **{name: round(value, 2) for name, value in limits.items()}}  # fmt: skip
     if capture is not None:
-        told = capture.describe()
-        speed = told["MB"] / 1024 * 1.073741824 / statistics.median(seconds[name])
+        speed = sum(capture.plan.array_bytes().values()) / 1e9 / statistics.median(seconds[name])
         row |= {"of_link": round(speed / limits["link_GB_s"], 3), "of_disk": round(speed / limits["disk_GB_s"], 3)}
-        row |= told
+        row |= capture.describe()
     return row
 
 
@@ -216,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(" ".join(f"{row.get(name, '')!s:>{24 if name == 'case' else 12}}" for name in head))
     print(f"limits: {rows[0]['gemm_TFLOPS']} TFLOP/s, link {rows[0]['link_GB_s']}, disk {rows[0]['disk_GB_s']} GB/s")
     if options.save:
-        print(write_csv("gpu", rows, keys=("model", "compute", "seq_len", "case"), device=options.device))
+        print(write_csv("gpu", rows, keys=KEYS, device=options.device))
     return 0
 
 

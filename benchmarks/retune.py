@@ -8,19 +8,29 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from headwater.kernels import launch_table
 from headwater.kernels.launch import HEAD_SIZES, Config, arch_of, parse
 
+if TYPE_CHECKING:
+    from headwater.kernels.program import Launch
+
 TABLE = Path(launch_table.__file__)
+SPAWN = multiprocessing.get_context("spawn")
+DTYPES = {16: torch.float16, 32: torch.float32}
+LOG2_E = 1.4426950408889634
 Timer = Callable[[str, int, torch.dtype, Config], float]
 DEEPER = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 64, 4, 3),
           (128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 1),
-          (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 3))
+          (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 2), (64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 3),
+          (64, 128, 8, 3))
 DEEPER_COLUMNS = ((64, 128, 8, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2),
                   (32, 128, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3))
 
@@ -68,47 +78,91 @@ def candidates_of(kernel: str, bits: int, tma: bool) -> list[Config]:
             product(dict.fromkeys((*known, *deeper)), (True, False) if tma else (False,))]
 
 
-def compile_ahead(tasks: Sequence[tuple[str, int, torch.dtype, Config]]) -> None:
-    """Compile candidates into Triton's cache, a process for each core; what fails here fails again when it is timed."""
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile, tasks, chunksize=4))
-
-
-def _compile(task: tuple[str, int, torch.dtype, Config]) -> None:
-    try:
-        make_launch(*task, "cuda").run()
-        torch.cuda.synchronize()
-    except Exception:
-        return
-
-
-def retune(sizes: Sequence[int] = HEAD_SIZES, all_bits: Sequence[int] = (16, 32)) -> int:
-    """Tune the rows of this device's part of the table for some head sizes and rewrite them."""
-    from headwater.benchmarks.aot_cases import KERNELS
-
+def retune(kernels: Sequence[str], sizes: Sequence[int] = HEAD_SIZES, all_bits: Sequence[int] = (16, 32)) -> int:
+    """Tune rows of this device's part of the table for some head sizes; each is written as soon as it is found."""
     arch = arch_of(torch.device("cuda"))
-    dtypes = {16: torch.float16, 32: torch.float32}
     rows = {(kernel, bits): candidates_of(kernel, bits, arch in ("sm_90", "sm_100"))
-            for kernel, bits in product(KERNELS, all_bits)}
-    compile_ahead([(kernel, size, dtypes[bits], config) for (kernel, bits), candidates in rows.items()
-                   for size in sizes for config in candidates])
-    found = {}
+            for kernel, bits in product(kernels, all_bits)}
+    with ProcessPoolExecutor(os.cpu_count(), SPAWN) as pool:
+        list(pool.map(compile_ahead, *zip(*((kernel, size, DTYPES[bits], config) for (kernel, bits), configs
+                                           in rows.items() for size in sizes for config in configs), strict=True)))
+    timer, found = Apart(time_on_gpu), {}
     for (kernel, bits), candidates in rows.items():
-        found[arch, kernel, bits] = dict(launch_table.TABLE[arch, kernel, bits])
-        for size in sizes:
-            best = pick(kernel, size, dtypes[bits], candidates, time_on_gpu)
-            found[arch, kernel, bits][size] = show(best)
-    write_rows(found)
+        best = {size: show(pick(kernel, size, DTYPES[bits], candidates, timer)) for size in sizes}
+        found[arch, kernel, bits] = launch_table.TABLE[arch, kernel, bits] | best
+        write_rows(found)
     print(f"wrote {TABLE}; compile it with python -m headwater.benchmarks.aot --all --arch {arch}")
     return 0
 
 
+def compile_ahead(kernel: str, size: int, dtype: torch.dtype, config: Config) -> None:
+    """Compile a candidate into Triton's cache without a launch; what fails here fails again when it is timed."""
+    with suppress(Exception):
+        launch = make_launch(kernel, size, dtype, config, "cuda")
+        launch.kernel.warmup(grid=(launch.grid,), **launch.arguments, **launch.options)
+
+
+class Apart:
+    """Call a timer in a process of its own; one that a fault of the device ends is replaced for the next call."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, *arguments: Any) -> float:
+        """Time one candidate; raises RuntimeError where it ends the process."""
+        self._pool = self._pool or ProcessPoolExecutor(1, SPAWN)
+        try:
+            return self._pool.submit(self._timer, *arguments).result()
+        except BrokenProcessPool:
+            self._pool = None
+            raise RuntimeError("it broke the device's context") from None
+
+
 def time_on_gpu(kernel: str, size: int, dtype: torch.dtype, config: Config) -> float:
-    """Return the milliseconds of one launch for 8 sequences of 1024 positions, 12 heads."""
+    """Return the milliseconds of one launch for 8 sequences of 1024 positions, 12 heads.
+
+    Raises RuntimeError for a launch that fails or is wrong, and ends the process where the device is of no more use.
+    """
     from triton.testing import do_bench
 
-    launch = make_launch(kernel, size, dtype, config, "cuda")
-    return float(do_bench(launch.run, warmup=5, rep=30, return_mode="median"))
+    try:
+        launch = make_launch(kernel, size, dtype, config, "cuda")
+        error = error_of(kernel, launch)
+        milliseconds = float(do_bench(launch.run, warmup=5, rep=30, return_mode="median"))
+    except Exception as failure:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+        raise RuntimeError(str(failure)) from None
+    if not error < 1e-2:
+        raise RuntimeError(f"wrong by {error:.1e}")
+    return milliseconds
+
+
+def error_of(kernel: str, launch: Launch) -> float:
+    """Return the relative error of a launch's first output, and of the sum of its pattern, against torch."""
+    first, *others = launch.run()
+    q, k = (tensor_of(launch.arguments[name]).transpose(1, 2) for name in ("q", "k"))
+    scores = torch.matmul(q.float(), k.float().mT) * (launch.arguments["factor"] / LOG2_E)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    scores.masked_fill_(hidden, -torch.inf)
+    if kernel == "column":
+        want = torch.exp(scores - launch.arguments["lse"][..., None]).sum(-2)
+    else:
+        v = tensor_of(launch.arguments["v"]).transpose(1, 2)
+        want = torch.matmul(torch.softmax(scores, -1), v.float()).transpose(1, 2)
+    error = float((first.float() - want).norm() / want.norm())
+    if kernel == "pattern":
+        n_rows = others[0].numel()
+        error = max(error, abs(float(others[1].sum(dtype=torch.float64)) / n_rows - 1))
+    return error
+
+
+def tensor_of(x: Any) -> torch.Tensor:
+    """Return the tensor of an argument, which may be a descriptor."""
+    return x if isinstance(x, torch.Tensor) else x.base
 
 
 def make_launch(kernel: str, size: int, dtype: torch.dtype, config: Config, device: str, n_positions: int = 1024):

@@ -294,7 +294,7 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     oneDNN cuts wide bf16 products by the number of threads and rows where the processor has AMX, but not up to SLICE.
     """
     width = x.shape[1]
-    n_slices = -(-width // SLICE) if x.dtype == torch.bfloat16 else 1
+    n_slices = -(-width // SLICE) if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
     step = -(-width // (32 * n_slices)) * 32
     if bias is None:
         torch.mm(x[:, :step], weight[:step], out=out)
@@ -311,10 +311,13 @@ def _round_up(n: int) -> int:
 def _activate(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
     """Apply a function in place to `x`, a result of `Model._linear`, so that no bit depends on threads or batch.
 
-    torch deals elements out to threads in equal shares of at least GRAIN and takes what is left at the end of a share
-    through other code than the rest; here every share is a multiple of SHARE, more than any vector holds. Parts of at
-    most GRAINS grains a thread stay in its cache where a function takes several passes.
+    On a CPU torch deals elements out to threads in equal shares of at least GRAIN and takes what is left at the end of
+    a share through other code than the rest; here every share is a multiple of SHARE, more than any vector holds. Parts
+    of at most GRAINS grains a thread stay in its cache where a function takes several passes.
     """
+    if x.device.type != "cpu":
+        function(x)
+        return
     flat, size = x.as_strided((_round_up(x.numel()),), (1,)), GRAINS * GRAIN * torch.get_num_threads()
     while size >= GRAIN * torch.get_num_threads():
         whole = len(flat) // size * size

@@ -29,6 +29,7 @@ from headwater.store.place import Place, for_zarr
 from headwater.store.publish import open_writer
 from headwater.store.writer import file_sums
 
+DEVICE_WRITERS = 4
 OUTPUT_SITES = ("ln_final_scale", "loss", "top_logits", "top_tokens")
 
 
@@ -40,7 +41,8 @@ class Worker:
         self.keep_overflow = keep_overflow
         self.editor = Editor(plan.edits, model, manifest.n_positions)
         self._stack = ExitStack()
-        self.writer = self._stack.enter_context(open_writer(run, manifest.arrays, manifest.block))
+        n_threads = DEVICE_WRITERS if isinstance(model, KernelModel) else 1  # beside a GPU the processor has time
+        self.writer = self._stack.enter_context(open_writer(run, manifest.arrays, manifest.block, n_threads))
         self._tokens = zarr.open_array(for_zarr(run / "tokens"), mode="r")
         self._row_start = zarr.open_array(for_zarr(run / "row_start"), mode="r")
         shape = (manifest.block, padded(manifest.n_positions), model.config.d_model)

@@ -62,7 +62,7 @@ def residual_kernel(x, delta, previous, weight, bias, out, slot, normed, floats,
     finite = tl.abs(added) < float("inf")
     overflow = tl.sum((finite & (tl.abs(captured) == float("inf")) & inside).to(tl.int32), 1)
     nonfinite = tl.sum(((finite == 0) & inside).to(tl.int32), 1)
-    n = n_rows.to(tl.int64)
+    n = tl.cast(n_rows, tl.int64)  # one row makes n_rows a constant
     tl.store(floats + r, scale, mask=rows)
     tl.store(floats + n + r, norm, mask=rows)
     tl.store(floats + 2 * n + r, cosine, mask=rows)

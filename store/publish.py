@@ -36,8 +36,11 @@ def clear_unpublished(run: ObjectPath) -> None:
 
 
 @contextmanager
-def open_writer(run: Place, specs: Sequence[ArraySpec], block: int) -> Iterator[BlockWriter]:
-    """Open a writer for a run: into its directory, or through a scratch directory into an object store."""
+def open_writer(run: Place, specs: Sequence[ArraySpec], block: int, n_threads: int = 1) -> Iterator[BlockWriter]:
+    """Open a writer for a run: into its directory, or through a scratch directory into an object store.
+
+    `n_threads` write into a directory; UPLOADS threads into a store.
+    """
     with ExitStack() as stack:
         if isinstance(run, ObjectPath):
             folder = stack.enter_context(scratch_folder("hw-shards-"))
@@ -48,6 +51,6 @@ def open_writer(run: Place, specs: Sequence[ArraySpec], block: int) -> Iterator[
 
             writer = BlockWriter(folder, specs, block, n_threads=UPLOADS, sink=send)
         else:
-            writer = BlockWriter(run, specs, block)
+            writer = BlockWriter(run, specs, block, n_threads)
         stack.callback(writer.close)
         yield writer

@@ -52,6 +52,7 @@ class _Open:
 class _Array:
     spec: ArraySpec
     ring: Ring
+    place: int
     shards: dict[tuple[int, int], ShardWriter] = field(default_factory=dict)
     open: _Open | None = None
     key: tuple[int, ...] = ()
@@ -78,7 +79,9 @@ class BlockWriter:
         self._sink = sink
         self.block = block
         self.direct = direct
-        self._arrays = {s.name: _Array(s, Ring(RING_DEPTH, chunks_per_slab(s), s.chunk_bytes)) for s in specs}
+        self._arrays = {
+            s.name: _Array(s, Ring(RING_DEPTH, chunks_per_slab(s), s.chunk_bytes), i) for i, s in enumerate(specs)
+        }
         self._lanes = Lanes(n_threads)
         self._files: dict[str, FileSum] = {}
         self._directories: set[Path] = set()
@@ -218,12 +221,12 @@ class BlockWriter:
             writer.put_pages(opened.indices, pages, opened.slab.chunk_bytes)
             self.seconds["write"] += time.perf_counter() - start
 
-        self._lanes.submit(sum(opened.shard), write, partial(array.ring.give, opened.slab))
+        self._lanes.submit(array.place + sum(opened.shard), write, partial(array.ring.give, opened.slab))
 
     def _commit(self, array: _Array, lead: int | None) -> None:
         for shard in [s for s in array.shards if lead is None or s[0] == lead]:
             writer, path = array.shards.pop(shard), array.spec.shard_path(*shard)
-            self._lanes.submit(sum(shard), partial(self._publish, writer, path))
+            self._lanes.submit(array.place + sum(shard), partial(self._publish, writer, path))
 
     def _publish(self, writer: ShardWriter, path: str) -> None:
         start = time.perf_counter()

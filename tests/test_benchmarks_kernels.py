@@ -103,6 +103,14 @@ def test_the_fastest_candidate_that_runs_is_picked():
         retune.pick("pattern", 64, torch.float16, [Config(32, 32, 4, 2)], timer)
 
 
+def test_a_candidate_that_ends_its_process_loses_and_the_next_is_timed():
+    timer = retune.Apart(eval)
+    assert timer("1.5") == 1.5
+    with pytest.raises(RuntimeError, match="broke the device's context"):
+        timer("__import__('os')._exit(1)")
+    assert timer("2.5") == 2.5
+
+
 def test_committed_static_results_are_of_this_table_and_in_budget():
     with kernels_static.RESULTS.open() as file:
         lines = list(csv.DictReader(file))
