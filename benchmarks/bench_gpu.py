@@ -26,7 +26,7 @@ from headwater.extractor.config import RunConfig
 from headwater.extractor.kernel_model import KernelModel
 from headwater.extractor.limits import device_bytes
 from headwater.extractor.model import COMPUTE, NoTap
-from headwater.extractor.plan import Plan
+from headwater.extractor.plan import GPU_MICRO_TOKENS, Plan
 from headwater.extractor.run import plan_of
 from headwater.extractor.text_stage import commit_text
 from headwater.extractor.weights import Checkpoint, load_checkpoint
@@ -204,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute", choices=("fp32", "bf16", "fp16"), default="fp16")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=64, help="one block; a power of two")
-    parser.add_argument("--micro", type=int, default=16384, help="tokens of a batch of the plain forwards")
+    parser.add_argument("--micro", type=int, default=GPU_MICRO_TOKENS, help="tokens of a batch of the plain forwards")
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(VARIANTS))
     parser.add_argument("--eager", action="store_true", help="transformers' eager attention to disk, too")
     parser.add_argument("--rounds", type=int, default=5)

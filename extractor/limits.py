@@ -129,10 +129,15 @@ def _probe(compute: str) -> float:
     import torch
 
     from headwater.extractor.model import COMPUTE
+    from headwater.kernels import products
 
     a, best = torch.ones(PROBE_ROWS, PROBE_ROWS, dtype=COMPUTE[compute]), float("inf")
+    openblas, out = compute == "fp32" and products.library() != "torch", torch.empty_like(a)
     for _ in range(PROBE_ROUNDS):
         start = time.perf_counter()
-        torch.mm(a, a)
+        if openblas:
+            products.multiply(a[None], a, None, out[None])
+        else:
+            torch.mm(a, a, out=out)
         best = min(best, time.perf_counter() - start)
     return 2 * PROBE_ROWS**3 / best

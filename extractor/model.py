@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from headwater.extractor.batch import Batch
 from headwater.extractor.weights import Checkpoint
+from headwater.kernels import products
 from headwater.kernels.cpu import STATISTICS, attend
 from headwater.kernels.mask import RowBlock
 from headwater.kernels.output import ResidualOutput
@@ -91,10 +92,15 @@ class Model:
         self.compute = COMPUTE[compute]
         self.stream = torch.float64 if compute == "fp64" else torch.float32
         self.workspace = Workspace(self.device)
+        exact = self.compute == torch.float32 and self.device.type == "cpu"
+        self._openblas = exact and products.library() != "torch"
         self._activation = ACTIVATIONS[self.config.activation]
         self._weights = {
             name: tensor.to(self.device, self.compute if tensor.ndim == 2 and name.startswith("h.") else self.stream)
             for name, tensor in checkpoint.tensors.items()
+        }
+        self._biases = {
+            name: value.to(self.compute) for name, value in self._weights.items() if name.endswith(".bias")
         }
         head = self._weights["wte.weight" if self.config.tied else "lm_head.weight"]
         self._head = head.to(self.compute)
@@ -166,7 +172,7 @@ class Model:
             for first in range(0, length, LOGIT_ROWS):
                 part = slice(first, min(first + LOGIT_ROWS, length))
                 logits = rows[: part.stop - first]
-                _multiply(normed[i, part], self._head.T, None, logits)
+                self._multiply(normed[i : i + 1, part], self._head.T, None, logits[None])
                 exact = logits.to(self.stream)
                 if "loss" in outputs:
                     loss[i, part] = _next_token_loss(exact, batch.targets[i, part])
@@ -191,11 +197,19 @@ class Model:
 
     def _linear(self, name: str, x: torch.Tensor, buffer: str) -> torch.Tensor:
         """Return x W + b in `compute`, in scratch memory with room up to a multiple of SHARE elements behind it."""
-        weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
+        weight = self._weights[f"{name}.weight"]
         shape = (*x.shape[:-1], weight.shape[1])
         out = self.workspace.get(buffer, (_round_up(math.prod(shape)),), self.compute)[: math.prod(shape)].view(shape)
-        _multiply(x.view(-1, x.shape[-1]), weight, bias.to(self.compute), out.view(-1, weight.shape[1]))
+        self._multiply(x, weight, self._biases[f"{name}.bias"], out)
         return out
+
+    def _multiply(
+        self, x_BTK: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_BTM: torch.Tensor
+    ) -> None:
+        if self._openblas:
+            products.multiply(x_BTK, weight, bias, out_BTM)
+        else:
+            _multiply(x_BTK.reshape(-1, x_BTK.shape[-1]), weight, bias, out_BTM.view(-1, weight.shape[1]))
 
     def _add(
         self, x: torch.Tensor, part: torch.Tensor, name: str, batch: Batch, tap: Tap, site: str, layer: int
@@ -205,7 +219,7 @@ class Model:
         Where a hook changes the sum, the rows that it leaves alone get the bits that they would have without it.
         """
         weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-        if self.compute == self.stream and not tap.wants(site, layer):
+        if self.compute == self.stream and not self._openblas and not tap.wants(site, layer):
             before = x.clone() if batch.hook.changes(site, layer) else None
             x.view(-1, x.shape[-1]).addmm_(part.view(-1, part.shape[-1]), weight)
             x.add_(bias)

@@ -184,10 +184,11 @@ def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place) -> Manifes
         )
     _check_sources(config, manifest)
     here, there = made_by(config.device), manifest.made_by
-    for what in ("processor", "torch"):
-        if here[what] != there[what] and not config.other_processor:
+    for what in ("processor", "torch", "products"):
+        before = there.get(what, "torch")  # runs of older versions do not say what multiplied: torch did
+        if here[what] != before and not config.other_processor:
             raise RunError(
-                f"{run} was made with {what} {there[what]}; this is {here[what]}, whose results may differ "
+                f"{run} was made with {what} {before}; this is {here[what]}, whose results may differ "
                 "in the last bits. Resume it on the same kind, or accept the mixture with --other-processor."
             )
     return manifest

@@ -22,6 +22,7 @@ from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
 from headwater.extractor.tokens import DocumentWriter, Packing, RowBatch, iter_rows, iter_token_rows, sequence_labels
 from headwater.extractor.units import count
 from headwater.extractor.weights import Checkpoint, ModelConfig
+from headwater.kernels import products
 from headwater.store.files import to_json
 from headwater.store.layout import array_metadata
 from headwater.store.manifest import (
@@ -224,6 +225,7 @@ def made_by(device: str = "cpu") -> dict[str, Any]:
         "headwater": headwater.__version__,
         "torch": torch.__version__,
         "processor": processor(device),
+        "products": products.library() if device == "cpu" else "torch",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -7,15 +7,14 @@ touched. Scores, softmax and statistics have the dtype of q, k and v: float32, o
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import torch
 
 from headwater.kernels.mask import RowBlock
+from headwater.kernels.sharing import share
 from headwater.kernels.workspace import Workspace
 
 ROW_STATISTICS = ("attn_entropy", "attn_max", "attn_argmax", "attn_sink", "attn_distance", "attn_self", "attn_prev")
@@ -137,7 +136,7 @@ def _fill_reductions(
             np.vecdot(pattern[heads], back, out=mean_backs[heads])
 
     if scores_NQK is not None or distance:
-        _share(reduce, n_head)
+        share(reduce, n_head)
     if "attn_received" in wanted:
         wanted["attn_received"][b, :, block.key : block.last].add_(pattern_NQK.sum(1))
     if distance:
@@ -166,22 +165,6 @@ def _fill_peaks(
     if "attn_entropy" in wanted:
         score = scores_NQK.gather(2, place_NQ[..., None])[..., 0]
         wanted["attn_entropy"][b, :, rows] = (score - largest.log().clamp_(min=LOWEST) - mean_score_NQ).clamp_(min=0)
-
-
-def _share(function: Callable[[slice], None], n: int) -> None:
-    """Call a function on slices of range(n), in parallel on torch's number of threads, this one among them."""
-    n_threads = min(torch.get_num_threads(), n)
-    slices = [slice(n * i // n_threads, n * (i + 1) // n_threads) for i in range(n_threads)]
-    others = [_threads(n_threads - 1, os.getpid()).submit(function, part) for part in slices[1:]]
-    function(slices[0])
-    for other in others:
-        other.result()
-
-
-@lru_cache(maxsize=2)
-def _threads(n: int, process: int) -> ThreadPoolExecutor:
-    """Return a pool of n threads; one per process, for a fork has the object but not its threads."""
-    return ThreadPoolExecutor(n, thread_name_prefix=f"headwater-{process}")
 
 
 def _fill_points(

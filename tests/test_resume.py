@@ -143,7 +143,7 @@ def test_a_changed_source_is_named_and_a_missing_one_not_needed(tmp_path):
     assert headwater.extract(config).complete.all()
 
 
-@pytest.mark.parametrize("what", ["processor", "torch"])
+@pytest.mark.parametrize("what", ["processor", "torch", "products"])
 def test_another_processor_is_refused_unless_accepted(made, tmp_path, monkeypatch, what):
     config = half(made[0], tmp_path / "run")
     here = driver.made_by()

@@ -1,0 +1,90 @@
+"""Matrix products with weights on a CPU: by torch, or in float32 on an AMD processor by numpy's OpenBLAS.
+
+torch multiplies by Intel's MKL, which leaves a third of an AMD processor unused; OpenBLAS does not. OpenBLAS's own
+threads spin after a product and take the cores from torch's, so it runs on one thread for each of ours. The bits of a
+row then depend on its place in a call: OpenBLAS takes rows in groups that divide GROUP, and what is left at the end by
+other code. So a sequence is cut at multiples of GROUP only, and its end stays with a whole group: no bit depends on the
+number of threads, or on other sequences.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+
+from headwater.kernels.sharing import share
+
+GROUP = 48
+
+
+@cache
+def library() -> str:
+    """Name what multiplies float32 matrices by weights on this processor, for a run's manifest: OpenBLAS or torch."""
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    amd = _vendor() == "AuthenticAMD" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if not amd or "openblas" not in blas.get("name", "") or not _openblas().info() or not whole_groups_are_equal():
+        return "torch"
+    return f"OpenBLAS {blas['version']}"
+
+
+def multiply(x_BTK: torch.Tensor, weight_KM: torch.Tensor, bias_M: torch.Tensor | None, out_BTM: torch.Tensor) -> None:
+    """Write x W + b of float32 CPU tensors to `out`, each sequence in parts that several threads share."""
+    x, weight, out = x_BTK.numpy(), weight_KM.numpy(), out_BTM.numpy()
+    bias = None if bias_M is None else bias_M.numpy()
+    parts = cut_rows(x.shape[0], x.shape[1], torch.get_num_threads())
+
+    def take(some: slice) -> None:
+        for b, first, last in parts[some]:
+            np.matmul(x[b, first:last], weight, out=out[b, first:last])
+            if bias is not None:
+                out[b, first:last] += bias
+
+    with one_thread():
+        share(take, len(parts))
+
+
+def cut_rows(n: int, length: int, n_threads: int) -> list[tuple[int, int, int]]:
+    """Cut n sequences into parts (sequence, first, last), at multiples of GROUP and nowhere near the end."""
+    step = max(-(-n * length // n_threads // GROUP) * GROUP, GROUP)
+    firsts = [first for first in range(0, length, step) if first == 0 or length - first >= GROUP]
+    return [(b, first, last) for b in range(n) for first, last in zip(firsts, [*firsts[1:], length], strict=True)]
+
+
+def whole_groups_are_equal() -> bool:
+    """Say whether a row has the same bits wherever a sequence is cut at a multiple of GROUP; takes milliseconds."""
+    make = np.random.default_rng(0)
+    with one_thread():
+        for width, wide in ((16, 48), (64, 64), (768, 96), (3072, 16)):
+            weight = make.standard_normal((width, wide), np.float32)
+            x = make.standard_normal((4 * GROUP + 16, width), np.float32)
+            whole = np.matmul(x, weight)
+            for cut in (GROUP, 3 * GROUP):
+                if not np.array_equal(np.concatenate([x[:cut] @ weight, x[cut:] @ weight]), whole):
+                    return False
+    return True
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Keep OpenBLAS on the thread that calls it."""
+    limit: Callable[..., AbstractContextManager[object]] = _openblas().limit
+    return limit(limits=1)
+
+
+@cache
+def _openblas() -> ThreadpoolController:
+    return ThreadpoolController().select(internal_api="openblas")
+
+
+def _vendor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            found = re.search(r"^vendor_id\s*:\s*(\S+)", file.read(), re.M)
+    except OSError:
+        return ""
+    return found[1] if found else ""
