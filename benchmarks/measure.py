@@ -89,7 +89,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
     gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
     return {
         "date": date.today().isoformat(),
-        "processor": name,
+        "processor": f"{name} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         **gpu,

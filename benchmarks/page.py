@@ -65,7 +65,7 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         with (results / name).open(newline="", encoding="utf-8") as file:
             tables[name.rsplit("-", 3)[0]] = list(csv.DictReader(file))
-    machines = sorted({f"{r['processor']}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
+    machines = sorted({f"{r.get('gpu') or r['processor']}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
                        for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
     sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
     machine = f"Measured on {'; '.join(machines)}." if machines else ""
@@ -83,13 +83,15 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
         if rows := tables.pop(name, []):
             hidden = {"limits": (), "survive": ("sequences",), "store": ()}[name]
             parts.append(title + "\n\n" + table(rows, (*MACHINE, *hidden)))
+    if rows := tables.pop("kernels", []):
+        parts.append(f"{KERNELS}\n\n{kernel_table(rows)}")
     for name, rows in tables.items():
         parts.append(f"## {name}\n\n`python -m headwater.benchmarks {name}`\n\n{table(rows, MACHINE)}")
     return {"performance.md": "\n\n".join(part.strip() for part in parts) + "\n", **files}
 
 
 BETTER = {"x_plain": 1, "x_plain_without_fsync": 1, "peak_MB": -1, "MB_on_disk": -1, "read_ms": -1, "lines": -1}
-MACHINE = ("date", "processor", "threads", "torch")
+MACHINE = ("date", "processor", "threads", "torch", "gpu")
 NOTES = """`no fsync` is the same ratio without the time of the fsync. Peak memory is that of the whole process, model
 included. `read` is the median time to read one (layer, sequence, position) vector or row back. `lines` counts a user's
 code as `ast.unparse` lays it out, without docstrings: loading, capturing, storing. SAELens stores one hook point a run,
@@ -105,10 +107,32 @@ SURVIVE = """## After kill -9
 there. A sequence is `right` when every depth reads back as in an undisturbed capture, `missing` when a read fails or
 says that nothing is there, `silently wrong` otherwise. Then the same capture ran again into the same folder: `kept` is
 the share of the surviving bytes that were not written again."""
+KERNELS = """## Kernels on a GPU
+
+`python -m headwater.benchmarks kernels`: microseconds of the GPU alone for 16,384 tokens; `of copy` is the share of the
+copy bandwidth of the same run; `statistics` with column sums, against the same from eager attention;
+[more](kernels.md)."""
 STORE = """## Stores
 
 One float16 array [sequence, 1024, 1024] in chunks of one sequence. `_x` is Headwater's speed over the store's: above 1
 Headwater is faster. `vector` reads one position of one sequence."""
+
+
+def kernel_table(rows: Sequence[Row]) -> str:
+    """Lay out one line for each shape from one row for each case."""
+    cells = {"pattern µs": ("pattern", "us"), "of copy": ("pattern", "share_of_copy"),
+             "× eager": ("pattern", "x_eager"), "× SDPA + pattern": ("pattern", "x_sdpa_pattern"),
+             "square µs": ("pattern, square", "us"), "statistics µs": ("statistics", "us"),
+             "× eager statistics": ("statistics", "x_eager_statistics"), "× flash": ("statistics", "x_flash"),
+             "flash µs": ("flash", "us"), "SDPA µs": ("sdpa", "us"), "residual tap µs": ("residual", "us"),
+             "of copy ": ("residual", "share_of_copy"), "× unfused": ("residual", "x_unfused")}  # fmt: skip
+    shapes = dict.fromkeys((row["model"], row["n_positions"], row["dtype"]) for row in rows)
+    found = {(row["model"], row["n_positions"], row["dtype"], row["case"]): row for row in rows}
+    lines = []
+    for shape in shapes:
+        values = {head: found.get((*shape, case), {}).get(column, "") for head, (case, column) in cells.items()}
+        lines.append(dict(zip(("model", "T", "type"), shape, strict=True)) | values)
+    return table(lines, ())
 
 
 def of(rows: Sequence[Row], case: str, memory: str, column: str) -> float | None:
