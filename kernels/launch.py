@@ -1,10 +1,10 @@
 """Which block sizes a kernel runs with: a pinned table by device, kernel, head size and type; no tuning at run time.
 
-On sm_90 the rows of the pattern, and of every kernel in 16 bits at d_head 64, are the fastest of some 50 candidates on an
-H100: `python -m headwater.benchmarks kernels --retune`. The others follow what the compiler reports, not the clock:
-`python -m headwater.benchmarks.aot --choose` proposes the largest blocks that don't spill and fit a multiprocessor twice;
-rows were corrected by hand where the whole sweep found a spill; the other rows of sm_100 copy the first of sm_90, those of
-gfx942 copy sm_80 with one stage. benchmarks/results/kernels_aot.csv says what every row compiles to.
+On sm_90 the rows of the pattern, and of every kernel in 16 bits at d_head 64, are the fastest of some 50 candidates on
+an H100: `python -m headwater.benchmarks kernels --retune`. The others follow what the compiler reports, not the clock:
+`python -m headwater.benchmarks.aot --choose` proposes the largest blocks that don't spill and fit a multiprocessor
+twice; rows were corrected by hand where the whole sweep found a spill; the other rows of sm_100 are those that sm_90
+began with, those of gfx942 copy sm_80 with one stage. benchmarks/results/kernels_aot.csv says what each compiles to.
 """
 
 from __future__ import annotations
