@@ -290,6 +290,8 @@ def main(arguments: list[str] | None = None) -> int:
         from headwater.benchmarks.retune import retune
 
         return retune(options.kernels, options.sizes, options.bits)
+    if options.device == "cpu" and options.save:
+        parser.error("--save with --device cpu: these times say nothing of a GPU; leave one of the two out")
     if options.device == "cpu":
         print("on the CPU's path, as a test of this program; nothing here says anything of a GPU", file=sys.stderr)
     try:
