@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from headwater.kernels.mask import RowBlock
-from headwater.kernels.sharing import share
+from headwater.kernels.sharing import even_slices, share
 from headwater.kernels.workspace import Workspace
 
 ROW_STATISTICS = ("attn_entropy", "attn_max", "attn_argmax", "attn_sink", "attn_distance", "attn_self", "attn_prev")
@@ -136,7 +136,7 @@ def _fill_reductions(
             np.vecdot(pattern[heads], back, out=mean_backs[heads])
 
     if scores_NQK is not None or distance:
-        share(reduce, n_head)
+        share(reduce, even_slices(n_head))
     if "attn_received" in wanted:
         wanted["attn_received"][b, :, block.key : block.last].add_(pattern_NQK.sum(1))
     if distance:

@@ -21,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 from headwater.kernels.sharing import share
 
 GROUP = 48
+LEAST = 144
 
 
 @cache
@@ -39,19 +40,22 @@ def multiply(x_BTK: torch.Tensor, weight_KM: torch.Tensor, bias_M: torch.Tensor 
     bias = None if bias_M is None else bias_M.numpy()
     parts = cut_rows(x.shape[0], x.shape[1], torch.get_num_threads())
 
-    def take(some: slice) -> None:
-        for b, first, last in parts[some]:
-            np.matmul(x[b, first:last], weight, out=out[b, first:last])
-            if bias is not None:
-                out[b, first:last] += bias
+    def take(part: tuple[int, int, int]) -> None:
+        b, first, last = part
+        np.matmul(x[b, first:last], weight, out=out[b, first:last])
+        if bias is not None:
+            out[b, first:last] += bias
 
     with one_thread():
-        share(take, len(parts))
+        share(take, parts)
 
 
 def cut_rows(n: int, length: int, n_threads: int) -> list[tuple[int, int, int]]:
-    """Cut n sequences into parts (sequence, first, last), at multiples of GROUP and nowhere near the end."""
-    step = max(-(-n * length // n_threads // GROUP) * GROUP, GROUP)
+    """Cut n sequences into parts (sequence, first, last), at multiples of GROUP and nowhere near the end.
+
+    Some two parts a thread, for one may be late; but a part reads all of W, so it has LEAST rows if it can.
+    """
+    step = max(-(-n * length // (2 * n_threads) // GROUP) * GROUP, LEAST)
     firsts = [first for first in range(0, length, step) if first == 0 or length - first >= GROUP]
     return [(b, first, last) for b in range(n) for first, last in zip(firsts, [*firsts[1:], length], strict=True)]
 

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 
-def share(function: Callable[[slice], None], n: int) -> None:
-    """Call a function on slices of range(n), in parallel on torch's number of threads, this one among them."""
-    n_threads = min(torch.get_num_threads(), n)
-    slices = [slice(n * i // n_threads, n * (i + 1) // n_threads) for i in range(n_threads)]
-    others = [_threads(torch.get_num_threads(), os.getpid()).submit(function, part) for part in slices[1:]]
-    function(slices[0])
+
+def share(function: Callable[[T], object], items: Sequence[T]) -> None:
+    """Call a function on every item, in parallel on torch's number of threads, this one among them.
+
+    Who is free takes the next item, so a thread that is late holds up nobody but itself.
+    """
+    n_threads, left = torch.get_num_threads(), iter(items)
+
+    def work() -> None:
+        for item in left:
+            function(item)
+
+    n_others = min(n_threads, len(items)) - 1
+    others = [_threads(n_threads, os.getpid()).submit(work) for _ in range(n_others)]
+    work()
     for other in others:
         other.result()
+
+
+def even_slices(n: int) -> list[slice]:
+    """Cut range(n) into a slice for each of torch's threads, none of them empty."""
+    n_parts = min(torch.get_num_threads(), n)
+    return [slice(n * i // n_parts, n * (i + 1) // n_parts) for i in range(n_parts)]
 
 
 @lru_cache(maxsize=2)
