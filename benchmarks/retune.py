@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +43,17 @@ def show(config: Config) -> str:
 
 
 def pick(kernel: str, size: int, dtype: torch.dtype, candidates: list[Config], timer: Timer) -> Config:
-    """Return the fastest candidate; one that does not compile or run loses."""
+    """Return the fastest candidate; one that does not compile or run loses, and so does its twin with descriptors.
+
+    For a tensor that cannot be described takes the same blocks by pointers.
+    """
     times = {}
     for config in candidates:
         try:
             times[config] = timer(kernel, size, dtype, config)
         except Exception as error:
             print(f"  {kernel} {size} {show(config)}: {str(error).splitlines()[0]}", flush=True)
+    times = {c: t for c, t in times.items() if not c.tma or replace(c, tma=False) in times}
     if not times:
         raise RuntimeError(f"no candidate of {kernel}, d_head {size}, {dtype} runs on this device")
     ranked = sorted(times, key=lambda config: times[config])

@@ -99,6 +99,8 @@ def test_the_fastest_candidate_that_runs_is_picked():
         return speeds[config]
 
     assert retune.pick("pattern", 64, torch.float16, list(speeds), timer) == Config(64, 32, 4, 2)
+    speeds |= {Config(64, 64, 4, 2, tma=True): 1.5, Config(32, 32, 4, 2, tma=True): 1.0}
+    assert retune.pick("pattern", 64, torch.float16, list(speeds), timer) == Config(64, 64, 4, 2, tma=True)
     with pytest.raises(RuntimeError, match="no candidate of pattern"):
         retune.pick("pattern", 64, torch.float16, [Config(32, 32, 4, 2)], timer)
 
