@@ -174,7 +174,8 @@ def peer_table(rows: Sequence[Row]) -> str:
     first = next(r for r in rows if r["case"] == "plain")
     batches = sorted({f"{r['memory']} memory {r['batch']}" for r in rows if r["case"] == "plain"})
     rounds = [f"{r['case']} {r['rounds']}" for r in rows if r["memory"] == "default" and not r["problem"]]
-    note = f"{first['sequences']} sequences; rounds: {', '.join(rounds)}; ± is half the spread over rounds. "
+    note = f"{first['processor']}; {first['sequences']} sequences; rounds: {', '.join(rounds)}; "
+    note += "± is half the spread over rounds. "
     loads = [float(r["load"]) for r in rows if r.get("load")]
     if loads:
         note += f"Other programs ran meanwhile: load average {max(loads):g}, {rows[0]['threads']} cores. "
