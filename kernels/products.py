@@ -10,9 +10,10 @@ number of threads, or on other sequences.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from headwater.kernels.sharing import share
 
 GROUP = 48
 LEAST = 144
+ENOUGH = 1 << 23
 
 
 @cache
@@ -46,8 +48,9 @@ def multiply(x_BTK: torch.Tensor, weight_KM: torch.Tensor, bias_M: torch.Tensor 
         if bias is not None:
             out[b, first:last] += bias
 
+    n_threads = max(x.size * weight.shape[1] // ENOUGH, 1)
     with one_thread():
-        share(take, parts)
+        share(take, parts, n_threads)
 
 
 def cut_rows(n: int, length: int, n_threads: int) -> list[tuple[int, int, int]]:
@@ -74,10 +77,41 @@ def whole_groups_are_equal() -> bool:
     return True
 
 
-def one_thread() -> AbstractContextManager[object]:
-    """Keep OpenBLAS on the thread that calls it."""
-    limit: Callable[..., AbstractContextManager[object]] = _openblas().limit
-    return limit(limits=1)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep OpenBLAS on the thread that calls it, until the last of those who asked for it is done."""
+    with _USERS.lock:
+        _USERS.enter()
+    try:
+        yield
+    finally:
+        with _USERS.lock:
+            _USERS.leave()
+
+
+class _Users:
+    """Those who hold OpenBLAS to one thread."""
+
+    def __init__(self) -> None:
+        self.lock, self.n, self.before = Lock(), 0, list[int]()
+
+    def enter(self) -> None:
+        if self.n == 0:
+            self.before = [found.get_num_threads() for found in _openblas().lib_controllers]
+            self.set([1] * len(self.before))
+        self.n += 1
+
+    def leave(self) -> None:
+        self.n -= 1
+        if self.n == 0:
+            self.set(self.before)
+
+    def set(self, numbers: list[int]) -> None:
+        for found, number in zip(_openblas().lib_controllers, numbers, strict=True):
+            found.set_num_threads(number)
+
+
+_USERS = _Users()
 
 
 @cache

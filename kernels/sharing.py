@@ -13,8 +13,8 @@ import torch
 T = TypeVar("T")
 
 
-def share(function: Callable[[T], object], items: Sequence[T]) -> None:
-    """Call a function on every item, in parallel on torch's number of threads, this one among them.
+def share(function: Callable[[T], object], items: Sequence[T], at_most: int = 1 << 30) -> None:
+    """Call a function on every item, in parallel on torch's number of threads or fewer, this one among them.
 
     Who is free takes the next item, so a thread that is late holds up nobody but itself.
     """
@@ -24,7 +24,7 @@ def share(function: Callable[[T], object], items: Sequence[T]) -> None:
         for item in left:
             function(item)
 
-    n_others = min(n_threads, len(items)) - 1
+    n_others = min(n_threads, len(items), at_most) - 1
     others = [_threads(n_threads, os.getpid()).submit(work) for _ in range(n_others)]
     work()
     for other in others:

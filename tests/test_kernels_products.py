@@ -93,3 +93,13 @@ def test_the_forward_agrees_with_float64_by_either_library(oracle, monkeypatch, 
                      Geometry(100, 3, 3), 3)
     oracle.assert_sites(run_in_memory(loaded, plan, tokens, row_start).arrays, oracle.reference(model, tokens,
                                                                                                 row_start))
+
+
+def test_openblas_is_held_to_one_thread_until_the_last_user_is_done():
+    found = products._openblas().lib_controllers
+    before = [library.get_num_threads() for library in found]
+    with products.one_thread():
+        with products.one_thread():
+            assert all(library.get_num_threads() == 1 for library in found)
+        assert all(library.get_num_threads() == 1 for library in found)
+    assert [library.get_num_threads() for library in found] == before
