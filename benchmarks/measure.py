@@ -92,6 +92,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "processor": f"{name} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
+        "products": products.library(),
         **gpu,
     }
 

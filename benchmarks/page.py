@@ -65,13 +65,13 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         with (results / name).open(newline="", encoding="utf-8") as file:
             tables[name.rsplit("-", 3)[0]] = list(csv.DictReader(file))
-    machines = sorted({f"{r.get('gpu') or r['processor']}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
+    machines = sorted({f"{r.get('gpu') or _processor(r)}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
                        for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
     sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
     machine = f"Measured on {'; '.join(machines)}." if machines else ""
     parts, files = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")], dict[str, str]()
     peers = tables.pop("peers", [])
-    parts.append(goals(peers))
+    parts.append(goals(peers, tables.get("extract", [])))
     if peers:
         parts.append(behind(peers))
         for workload, title in WORKLOADS.items():
@@ -91,7 +91,7 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 BETTER = {"x_plain": 1, "x_plain_without_fsync": 1, "peak_MB": -1, "MB_on_disk": -1, "read_ms": -1, "lines": -1}
-MACHINE = ("date", "processor", "threads", "torch", "gpu")
+MACHINE = ("date", "processor", "threads", "torch", "products", "gpu")
 NOTES = """`no fsync` is the same ratio without the time of the fsync. Peak memory is that of the whole process, model
 included. `read` is the median time to read one (layer, sequence, position) vector or row back. `lines` counts a user's
 code as `ast.unparse` lays it out, without docstrings: loading, capturing, storing. SAELens stores one hook point a run,
@@ -174,7 +174,7 @@ def peer_table(rows: Sequence[Row]) -> str:
     first = next(r for r in rows if r["case"] == "plain")
     batches = sorted({f"{r['memory']} memory {r['batch']}" for r in rows if r["case"] == "plain"})
     rounds = [f"{r['case']} {r['rounds']}" for r in rows if r["memory"] == "default" and not r["problem"]]
-    note = f"{first['processor']}; {first['sequences']} sequences; rounds: {', '.join(rounds)}; "
+    note = f"{_processor(first)}; {first['sequences']} sequences; rounds: {', '.join(rounds)}; "
     note += "± is half the spread over rounds. "
     loads = [float(r["load"]) for r in rows if r.get("load")]
     if loads:
@@ -182,8 +182,13 @@ def peer_table(rows: Sequence[Row]) -> str:
     return note + f"The plain forward's best batch: {', '.join(batches)}.\n\n" + "\n".join(lines)
 
 
-def goals(rows: Sequence[Row]) -> str:
-    """Say which goals are met: ratios to the plain forward, and to the best peer where memory is kept."""
+def _processor(row: Row) -> str:
+    products = row.get("products") or "torch"
+    return row["processor"] + ("" if products == "torch" else f" by {products}")
+
+
+def goals(rows: Sequence[Row], extract: Sequence[Row]) -> str:
+    """Say which goals are met: ratios to the plain forward, to the best peer where memory is kept, to GEMM."""
     lines = ["## Goals", "", "| workload | goal | measured | |", "|---|---|---|---|"]
     for workload, goal in GOALS.items():
         mine = [row for row in rows if row["workload"] == workload]
@@ -192,6 +197,9 @@ def goals(rows: Sequence[Row]) -> str:
         value, name = best_peer(mine, memory)
         rival = f"≥ {LEADS.get(workload, 1.0)} × the best peer ({name or 'of all'}), memory {memory}"
         lines.append(_goal(workload, rival, round(value, 2) if name else None, LEADS.get(workload, 1.0)))
+    of_rate = [float(row["of_gemm_rate"]) for row in extract if (row["compute"], row["case"]) == ("fp32", "plain")]
+    rate = of_rate[0] if of_rate else None
+    lines.append(_goal("our forward, nothing captured", "≥ 0.8 of the fp32 GEMM rate", rate, 0.8))
     return "\n".join(lines)
 
 

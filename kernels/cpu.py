@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from headwater.kernels.mask import RowBlock
+from headwater.kernels.products import multiply_heads
 from headwater.kernels.sharing import even_slices, share
 from headwater.kernels.workspace import Workspace
 
@@ -80,7 +81,7 @@ def _attend_rows(
     peaks = bool(wanted.keys() & PEAK_STATISTICS)
     pattern = workspace.get("pattern", (n_head, n_rows, n_keys), q.dtype)
     scores = workspace.get("scores", (n_head, n_rows, n_keys), q.dtype) if peaks else pattern
-    torch.baddbmm(scores, q, k_NTH[:, keys].transpose(1, 2), beta=0, alpha=scale, out=scores)
+    multiply_heads(q, k_NTH[:, keys].transpose(1, 2), scores, scale)
     if block.hidden is None:
         scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype, -math.inf if on_scores or not peaks else LOWEST))
     else:
@@ -95,7 +96,7 @@ def _attend_rows(
     if edit_pattern is not None and edit_pattern(b, block, pattern) and peaks:
         torch.log(pattern, out=scores).clamp_(min=LOWEST)  # the entropy is that of the edited pattern
     values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
-    torch.bmm(pattern, v_NTH[:, keys], out=values)
+    multiply_heads(pattern, v_NTH[:, keys], values)
     z_BTNH[b, rows] = values.transpose(0, 1)
     if wanted:
         if peaks and (block.hidden is not None or on_scores is not None):

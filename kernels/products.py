@@ -1,10 +1,12 @@
-"""Matrix products with weights on a CPU: by torch, or in float32 on an AMD processor by numpy's OpenBLAS.
+"""Matrix products on a CPU: by torch, or in float32 on an AMD processor by numpy's OpenBLAS.
 
 torch multiplies by Intel's MKL, which leaves a third of an AMD processor unused; OpenBLAS does not. OpenBLAS's own
 threads spin after a product and take the cores from torch's, so it runs on one thread for each of ours. The bits of a
 row then depend on its place in a call: OpenBLAS takes rows in groups that divide GROUP, and what is left at the end by
 other code. So a sequence is cut at multiples of GROUP only, and its end stays with a whole group: no bit depends on the
 number of threads, or on other sequences.
+
+Attention's products go to OpenBLAS only where it has twice MKL's speed, and only large ones: sharing costs time, too.
 """
 
 from __future__ import annotations
@@ -24,16 +26,22 @@ from headwater.kernels.sharing import share
 GROUP = 48
 LEAST = 144
 ENOUGH = 1 << 23
+ENOUGH_FOR_HEADS = 1 << 26
+ZEN_5 = 26
 
 
 @cache
 def library() -> str:
-    """Name what multiplies float32 matrices by weights on this processor, for a run's manifest: OpenBLAS or torch."""
+    """Name what multiplies float32 matrices by weights here, for a run's manifest: torch, or OpenBLAS and its kernels.
+
+    OpenBLAS chooses the kernels by processor, or as OPENBLAS_CORETYPE says; others give other last bits.
+    """
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    amd = _vendor() == "AuthenticAMD" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    if not amd or "openblas" not in blas.get("name", "") or not _openblas().info() or not whole_groups_are_equal():
+    amd = _of_processor("vendor_id") == "AuthenticAMD" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    found = _openblas().info()
+    if not amd or "openblas" not in blas.get("name", "") or not found or not whole_groups_are_equal():
         return "torch"
-    return f"OpenBLAS {blas['version']}"
+    return f"OpenBLAS {blas['version']} {found[0]['architecture']}"
 
 
 def multiply(x_BTK: torch.Tensor, weight_KM: torch.Tensor, bias_M: torch.Tensor | None, out_BTM: torch.Tensor) -> None:
@@ -53,12 +61,29 @@ def multiply(x_BTK: torch.Tensor, weight_KM: torch.Tensor, bias_M: torch.Tensor 
         share(take, parts, n_threads)
 
 
+def multiply_heads(a_NQK: torch.Tensor, b_NKM: torch.Tensor, out_NQM: torch.Tensor, scale: float = 1.0) -> None:
+    """Write scale · A B of every head: CPU tensors of one type, strided as they like."""
+    if a_NQK.dtype != torch.float32 or a_NQK.numel() * b_NKM.shape[2] < ENOUGH_FOR_HEADS or not heads_are_faster():
+        torch.baddbmm(out_NQM, a_NQK, b_NKM, beta=0, alpha=scale, out=out_NQM)
+        return
+    a, b, out = (a_NQK if scale == 1 else a_NQK * scale).numpy(), b_NKM.numpy(), out_NQM.numpy()
+    with one_thread():
+        share(lambda head: np.matmul(a[head], b[head], out=out[head]), range(len(a)))
+
+
+@cache
+def heads_are_faster() -> bool:
+    """Say whether OpenBLAS multiplies heads faster than MKL: from Zen 5 on, where MKL leaves AVX-512 unused."""
+    return library().endswith("SkylakeX") and int(_of_processor("cpu family") or 0) >= ZEN_5
+
+
 def cut_rows(n: int, length: int, n_threads: int) -> list[tuple[int, int, int]]:
     """Cut n sequences into parts (sequence, first, last), at multiples of GROUP and nowhere near the end.
 
-    Some two parts a thread, for one may be late; but a part reads all of W, so it has LEAST rows if it can.
+    Each part reads all of W, so sequences stay whole where all threads get as many; else they make some two parts a
+    thread, of LEAST rows if they can.
     """
-    step = max(-(-n * length // (2 * n_threads) // GROUP) * GROUP, LEAST)
+    step = length if n % n_threads == 0 else max(-(-n * length // (2 * n_threads) // GROUP) * GROUP, LEAST)
     firsts = [first for first in range(0, length, step) if first == 0 or length - first >= GROUP]
     return [(b, first, last) for b in range(n) for first, last in zip(firsts, [*firsts[1:], length], strict=True)]
 
@@ -119,10 +144,10 @@ def _openblas() -> ThreadpoolController:
     return ThreadpoolController().select(internal_api="openblas")
 
 
-def _vendor() -> str:
+def _of_processor(what: str) -> str:
     try:
         with open("/proc/cpuinfo") as file:
-            found = re.search(r"^vendor_id\s*:\s*(\S+)", file.read(), re.M)
+            found = re.search(rf"^{what}\s*:\s*(\S+)", file.read(), re.M)
     except OSError:
         return ""
     return found[1] if found else ""

@@ -9,7 +9,7 @@ from headwater.extractor.memory import run_in_memory
 from headwater.extractor.model import Model
 from headwater.extractor.plan import Geometry, make_plan
 from headwater.kernels import products
-from headwater.kernels.products import GROUP, cut_rows, multiply
+from headwater.kernels.products import GROUP, cut_rows, multiply, multiply_heads
 
 openblas = pytest.mark.skipif(products.library() == "torch", reason="torch multiplies on this processor")
 
@@ -62,7 +62,7 @@ def test_no_bit_depends_on_threads_or_on_other_sequences(width, wide, n_threads)
 def test_the_processor_chooses_the_library(monkeypatch):
     def choose(vendor="AuthenticAMD", mkl=True, blas="scipy-openblas", equal=True):
         products.library.cache_clear()
-        monkeypatch.setattr(products, "_vendor", lambda: vendor)
+        monkeypatch.setattr(products, "_of_processor", {"vendor_id": vendor}.get)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
         monkeypatch.setattr(np, "show_config", lambda mode: {"Build Dependencies": {"blas": {
             "name": blas, "version": "0.3.99"}}})
@@ -71,7 +71,7 @@ def test_the_processor_chooses_the_library(monkeypatch):
 
     real = products._openblas().info()
     try:
-        assert choose() == ("OpenBLAS 0.3.99" if real else "torch")
+        assert choose() == (f"OpenBLAS 0.3.99 {real[0]['architecture']}" if real else "torch")
         assert choose("GenuineIntel") == choose(mkl=False) == choose(blas="mkl") == choose(equal=False) == "torch"
         assert choose(vendor="") == "torch"
     finally:
@@ -93,6 +93,34 @@ def test_the_forward_agrees_with_float64_by_either_library(oracle, monkeypatch, 
                      Geometry(100, 3, 3), 3)
     oracle.assert_sites(run_in_memory(loaded, plan, tokens, row_start).arrays, oracle.reference(model, tokens,
                                                                                                 row_start))
+
+
+@pytest.mark.parametrize("library, family, faster", [
+    ("OpenBLAS 0.3.99 SkylakeX", "26", True), ("OpenBLAS 0.3.99 SkylakeX", "25", False),
+    ("OpenBLAS 0.3.99 Haswell", "26", False), ("torch", "26", False), ("OpenBLAS 0.3.99 SkylakeX", "", False)])
+def test_heads_go_to_openblas_where_it_is_faster(monkeypatch, library, family, faster):
+    monkeypatch.setattr(products, "library", lambda: library)
+    monkeypatch.setattr(products, "_of_processor", {"cpu family": family}.get)
+    assert products.heads_are_faster.__wrapped__() == faster
+
+
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("length", [700, 1024])
+def test_large_products_of_heads_are_right_on_any_number_of_threads(monkeypatch, faster, length, n_threads):
+    """Both ways on every machine; q, k and v are strided views of one projection, as in the forward."""
+    monkeypatch.setattr(products, "heads_are_faster", lambda: faster)
+    fused = torch.randn(length, 3 * 12 * 64, generator=torch.Generator().manual_seed(0))
+    q, k, v = (part.unflatten(-1, (12, 64)).transpose(0, 1) for part in fused.chunk(3, -1))
+    scores, values = torch.full((12, 128, length), torch.nan), torch.full((12, 128, 64), torch.nan)
+    multiply_heads(q[:, -128:], k.transpose(1, 2), scores, 0.3)
+    multiply_heads(scores, v, values)
+    want = 0.3 * q[:, -128:].double() @ k.transpose(1, 2).double()
+    torch.testing.assert_close(scores.double(), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values.double(), scores.double() @ v.double(), atol=1e-2, rtol=1e-4)
+    torch.set_num_threads(1)
+    one = torch.empty_like(scores)
+    multiply_heads(q[:, -128:], k.transpose(1, 2), one, 0.3)
+    assert torch.equal(one, scores)
 
 
 def test_openblas_is_held_to_one_thread_until_the_last_user_is_done():
