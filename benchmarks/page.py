@@ -178,7 +178,7 @@ def peer_table(rows: Sequence[Row]) -> str:
     note += "± is half the spread over rounds. "
     loads = [float(r["load"]) for r in rows if r.get("load")]
     if loads:
-        note += f"Other programs ran meanwhile: load average {max(loads):g}, {rows[0]['threads']} cores. "
+        note += f"Load average at most {max(loads):g} on {rows[0]['threads']} cores, these threads included. "
     return note + f"The plain forward's best batch: {', '.join(batches)}.\n\n" + "\n".join(lines)
 
 
