@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from headwater.benchmarks.bench_extract import SIZES
-from headwater.benchmarks.bench_peers import prepare_model
 from headwater.benchmarks.environments import PEERS, cache_folder
 from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks.peer_inputs import prepare_model
 from headwater.benchmarks.survive import Work, survive
 
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
+from headwater.extractor.activations import ACTIVATIONS, activate, round_up
 from headwater.extractor.batch import Batch
 from headwater.extractor.weights import Checkpoint
 from headwater.kernels import products
@@ -28,30 +28,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LOGIT_ROWS = 512
-SHARE, GRAIN, GRAINS = 64, 1 << 15, 8
 SLICE = 384
-
-
-def _tanh_gelu(x: torch.Tensor) -> torch.Tensor:
-    """Multiply x by σ(2 √(2/π) (x + 0.044715 x³)), which is GELU by tanh, for which torch takes much longer."""
-    if x.dtype in (torch.bfloat16, torch.float16):
-        return torch.ops.aten.gelu_(x, approximate="tanh")  # type: ignore[no-any-return]
-    twice = 2 * math.sqrt(2 / math.pi)
-    return x.mul_(torch.addcmul(x.new_tensor(twice), x, x, value=0.044715 * twice).mul_(x).sigmoid_())
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu_new": _tanh_gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
-    "gelu": torch.ops.aten.gelu_,
-    "gelu_python": torch.ops.aten.gelu_,
-    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),
-    "relu": torch.relu_,
-    "silu": lambda x: F.silu(x, inplace=True),
-    "swish": lambda x: F.silu(x, inplace=True),
-    "tanh": torch.tanh_,
-}
 
 
 class Tap(Protocol):
@@ -196,10 +173,10 @@ class Model:
         return normed.to(self.compute)
 
     def _linear(self, name: str, x: torch.Tensor, buffer: str) -> torch.Tensor:
-        """Return x W + b in `compute`, in scratch memory with room up to a multiple of SHARE elements behind it."""
+        """Return x W + b in `compute`, in scratch memory with room up to `round_up` of its elements."""
         weight = self._weights[f"{name}.weight"]
         shape = (*x.shape[:-1], weight.shape[1])
-        out = self.workspace.get(buffer, (_round_up(math.prod(shape)),), self.compute)[: math.prod(shape)].view(shape)
+        out = self.workspace.get(buffer, (round_up(math.prod(shape)),), self.compute)[: math.prod(shape)].view(shape)
         self._multiply(x, weight, self._biases[f"{name}.bias"], out)
         return out
 
@@ -288,7 +265,7 @@ class Model:
         neurons = _changed(self._linear(f"h.{layer}.mlp.c_fc", normed, "neurons"), "mlp_pre", layer, batch)
         if tap.wants("mlp_pre", layer):
             tap.take("mlp_pre", layer, neurons)
-        _activate(self._activation, neurons)
+        activate(self._activation, neurons)
         _changed(neurons, "mlp_post", layer, batch)
         if tap.wants("mlp_post", layer):
             tap.take("mlp_post", layer, neurons)
@@ -316,30 +293,6 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         torch.addmm(bias, x[:, :step], weight[:step], out=out)
     for first in range(step, width, step):
         out.addmm_(x[:, first : first + step], weight[first : first + step])
-
-
-def _round_up(n: int) -> int:
-    return -(-n // SHARE) * SHARE
-
-
-def _activate(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
-    """Apply a function in place to `x`, a result of `Model._linear`, so that no bit depends on threads or batch.
-
-    On a CPU torch deals elements out to threads in equal shares of at least GRAIN and takes what is left at the end of
-    a share through other code than the rest; here every share is a multiple of SHARE, more than any vector holds. Parts
-    of at most GRAINS grains a thread stay in its cache where a function takes several passes.
-    """
-    if x.device.type != "cpu":
-        function(x)
-        return
-    flat, size = x.as_strided((_round_up(x.numel()),), (1,)), GRAINS * GRAIN * torch.get_num_threads()
-    while size >= GRAIN * torch.get_num_threads():
-        whole = len(flat) // size * size
-        for part in torch.split(flat[:whole], size):
-            function(part)
-        flat, size = flat[whole:], size // 2
-    for part in torch.split(flat, GRAIN // 2):
-        function(part)
 
 
 def _next_token_loss(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:

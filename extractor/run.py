@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +17,11 @@ from headwater.extractor.config import RunConfig
 from headwater.extractor.edit_places import encode_edits
 from headwater.extractor.edits import read_edits
 from headwater.extractor.kernel_model import check_device, load_model
-from headwater.extractor.plan import Geometry, Plan, available_memory, check_resources, geometry, make_plan
+from headwater.extractor.plan import Geometry, Plan, available_memory, check_resources, make_plan
+from headwater.extractor.same_request import check_same, stored_request
 from headwater.extractor.sites import RequestError
-from headwater.extractor.text_stage import Source, commit_text, count_rows, made_by, outside, text_request
-from headwater.extractor.texts import STDIN, describe_sources, expand_paths
+from headwater.extractor.source import Source, count_rows
+from headwater.extractor.text_stage import commit_text
 from headwater.extractor.tokenizer import load_tokenizer
 from headwater.extractor.units import show_bytes
 from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
@@ -69,7 +69,7 @@ def plan_run(config: RunConfig) -> Plan:
 def plan_rest(config: RunConfig) -> tuple[Plan, int]:
     """Plan a run whose text is committed, and count its committed blocks; its weights are not read."""
     run = place_of(config.out)
-    config, manifest = _stored_request(config, run), read_manifest(run)
+    config, manifest = stored_request(config, run), read_manifest(run)
     shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
     model = read_config(config.model, config.revision)
     plan = make_plan(replace(config, block=manifest.block), model, shape, manifest.n_sequences)
@@ -88,7 +88,7 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     check_device(config.device)
     started = manifest_path(run).exists()
     if started:
-        config = _stored_request(config, run)
+        config = stored_request(config, run)
     checkpoint = load_checkpoint(config.model, config.revision)
     config = _encoded(config, checkpoint.tokenizer)
     if not started:
@@ -163,35 +163,6 @@ def _remove_directory(run: Place, made: list[Path]) -> None:
         for directory in made:
             with suppress(OSError):
                 directory.rmdir()
-
-
-def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place) -> Manifest:
-    """Return the manifest of a run that this request may go on with; raise RunError where it is another's."""
-    manifest = read_manifest(run)
-    shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
-    wanted = replace(config, block=config.block or manifest.block)
-    if config.tokens is None:
-        shape = replace(geometry(wanted, checkpoint.config), micro=manifest.micro)
-    asked = {"edits": []} | make_plan(wanted, checkpoint.config, shape, 1).canonical
-    asked |= {"model weights": checkpoint.digest[:12], **text_request(config)}
-    stored = {"edits": []} | manifest.config | manifest.text["request"]
-    stored |= {"model weights": manifest.model["digest"][:12]}
-    if differing := _differing(stored, asked):
-        listed = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
-        raise RunError(
-            f"{run} was made with another configuration: {listed}. Give the same arguments to resume it (or "
-            "only --out), or another --out for another run."
-        )
-    _check_sources(config, manifest)
-    here, there = made_by(config.device), manifest.made_by
-    for what in ("processor", "torch", "products"):
-        before = there.get(what, "torch")  # runs of older versions do not say what multiplied: torch did
-        if here[what] != before and not config.other_processor:
-            raise RunError(
-                f"{run} was made with {what} {before}; this is {here[what]}, whose results may differ "
-                "in the last bits. Resume it on the same kind, or accept the mixture with --other-processor."
-            )
-    return manifest
 
 
 def plan_of(config: RunConfig, checkpoint: Checkpoint, manifest: Manifest) -> Plan:
@@ -281,56 +252,6 @@ def _check_before(config: RunConfig, checkpoint: Checkpoint, run: Place) -> None
     check_resources(make_plan(config, checkpoint.config, source.geometry, 1), run, at_least=True)
 
 
-def _stored_request(config: RunConfig, run: Place) -> RunConfig:
-    """Fill a request that names only --out with what the run was made from; refuse a run that `project` made."""
-    m = read_manifest(run)
-    if "derived" in m.config:
-        raise RunError(
-            f"{run} was not extracted: `headwater project` made it from another run. Go on with that command, or name "
-            "another --out."
-        )
-    if config.to_json().keys() - {"out", "threads", "other_processor", "workers", "ray", "device"}:
-        return config
-    c = m.config
-    text: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in m.text["request"].items()}
-    sizes = m.model["config"]
-    whole = {"layers": sizes["n_layer"], "depths": sizes["n_layer"] + 1, "heads": sizes["n_head"]}
-    listed: dict[str, Any] = {k: ",".join(map(str, c[k])) for k, size in whole.items() if len(c[k]) < size}
-    positions = c["positions"]
-    return replace(
-        config, model=m.model["name"], revision=m.model["revision"], sites=tuple(c["sites"]), **listed,
-        positions=None if positions is None else "last" if positions == [-1] else ",".join(map(str, positions)),
-        seq_len=c["seq_len"] if text["text"] else None, compute=c["compute"], block=c["block"],
-        on_overflow=c["on_overflow"],
-        dtype=",".join(f"{site}={dtype}" for site, dtype in c["dtype"].items() if dtype != "int32") or config.dtype,
-        codec=",".join(f"{site}={codec}" for site, codec in c["codec"].items()), top_k=c["top_k"] or config.top_k,
-        edits=tuple(item["edit"] for item in c.get("edits", ())),
-        **text,
-    )  # fmt: skip
-
-
-def _check_sources(config: RunConfig, manifest: Manifest) -> None:
-    """Raise RunError where a source file was changed since its text was committed; one that is gone is not needed."""
-    stored = {item["path"]: item for item in manifest.text["sources"]}
-    there = [Path(path) for path in stored if path != str(STDIN) and Path(path).exists()]
-    for now in describe_sources(there):
-        if now["sha256"] != stored[now["path"]]["sha256"]:
-            raise RunError(
-                f"{now['path']} has changed since its text was committed into {config.out}. The run keeps "
-                "the old text: restore the file (or move it away) to resume, or start another run."
-            )
-    if config.text and "-" not in config.text:
-        try:
-            added = [str(p) for p in outside(Path(config.out), expand_paths(config.text)) if str(p) not in stored]
-        except ValueError:
-            added = []
-        if added:
-            raise RunError(
-                f"{added[0]} is new since the text was committed into {config.out}. More text is another "
-                "run: choose another --out (analyses take several runs), or move the file away."
-            )
-
-
 class _threads:
     """Set torch's thread count for a while."""
 
@@ -343,28 +264,6 @@ class _threads:
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self.before)
-
-
-def _differing(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """Say what differs between two configurations; what is set for each site, only for sites that both have."""
-    found = []
-    for name, value in stored.items():
-        pairs = {name: (value, asked[name])}
-        if isinstance(value, dict):
-            pairs = {
-                f"{name} of {site}": (value[site], asked[name][site]) for site in value.keys() & asked[name].keys()
-            }
-        found += [
-            f"{what} is {_short(a)} in the run, {_short(b)} in the request"
-            for what, (a, b) in sorted(pairs.items())
-            if a != b
-        ]
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 __all__ = ["Progress", "RequestError", "RunConfig", "extract", "plan_run"]

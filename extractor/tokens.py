@@ -7,26 +7,20 @@ the token is -1 and row_start[t] is t + 1: an empty attention row.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
+from headwater.extractor.document_table import DocumentWriter
 from headwater.extractor.texts import Document
 from headwater.extractor.tokenizer import GROUP_CHARS, PIECE_CHARS, Tokenizer, encode_documents
 
 PADDING = -1
 ROWS_PER_BATCH = 256
-DOCUMENTS_PER_GROUP = 1 << 16
-COLUMNS = (("document", pa.int64()), ("source", pa.string()), ("row", pa.int64()), ("n_tokens", pa.int64()),
-           ("complete", pa.bool_()))
-INT64_MAX = 2**63 - 1
-MISSING = {pa.int64(): ("int64", -1), pa.float64(): ("float64", np.nan), pa.string(): ("int32", -1)}
 
 
 @dataclass(frozen=True)
@@ -83,13 +77,6 @@ class Packing:
     def document_tail(self) -> int:
         """Count the tokens after a document's own."""
         return int(self.eot is not None and self.mode == "pack")
-
-
-class LabelColumn(NamedTuple):
-    """A label of each row: int64 (-1 missing), float64 (NaN missing), or int32 codes into categories (-1 missing)."""
-
-    values: np.ndarray
-    categories: dict[str, int] | None
 
 
 class Origin(NamedTuple):
@@ -284,97 +271,3 @@ def _padded(packing: Packing, rows: list[np.ndarray], first: int) -> RowBatch:
     row_start = np.where(real, 0, columns + 1).astype(np.int32)
     return RowBatch(tokens, length, row_start, first + np.arange(len(rows)),
                     np.full(len(rows), -packing.document_lead, np.int64))
-
-
-class DocumentWriter:
-    """Stream the table of documents into a Parquet file: COLUMNS, and a column "label_…" for each label.
-
-    A label becomes int64 (booleans 0 and 1), float64 or string, whichever holds all its values. That is known at the
-    end only, so values wait as text in a file beside `path` until `close`. Leaving `with` by an error writes nothing.
-    """
-
-    def __init__(self, path: Path, labels: Sequence[str] = ()) -> None:
-        self.path = path
-        self.n_documents = 0
-        self._types: dict[str, Any] = dict.fromkeys(labels)
-        self._schema = pa.schema([*COLUMNS, *((f"label_{name}", pa.string()) for name in labels)])
-        self._loose = path.with_name(path.name + ".loose")
-        self._writer = pa.parquet.ParquetWriter(self._loose, self._schema)
-        self._rows: list[tuple[Any, ...]] = []
-
-    def add(self, document: Document, n_tokens: int, complete: bool) -> None:
-        """Append a document: how many of its own tokens are in rows, and whether that is all of them."""
-        labels = (self._label(document, name) for name in self._types)
-        self._rows.append((self.n_documents, document.source, document.row, n_tokens, complete, *labels))
-        self.n_documents += 1
-        if len(self._rows) == DOCUMENTS_PER_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        """Give every label its type and move the table to `path`."""
-        self._flush()
-        self._writer.close()
-        types = [kind for _, kind in COLUMNS] + [kind or pa.float64() for kind in self._types.values()]
-        schema = pa.schema(zip(self._schema.names, types, strict=True))
-        with pa.parquet.ParquetFile(self._loose) as loose, pa.parquet.ParquetWriter(self.path, schema) as writer:
-            for group in range(loose.num_row_groups):
-                writer.write_table(loose.read_row_group(group).cast(schema))
-        self._loose.unlink()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._writer.close()
-            self._loose.unlink(missing_ok=True)
-
-    def _flush(self) -> None:
-        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
-        self._writer.write_table(pa.table(list(map(pa.array, columns, self._schema.types)), self._schema))
-        self._rows = []
-
-    def _label(self, document: Document, name: str) -> str | None:
-        value, known = document.labels[name], self._types[name]
-        if value is None:
-            return None
-        value = int(value) if isinstance(value, bool) else value
-        kind = pa.string() if isinstance(value, str) else pa.float64() if isinstance(value, float) else pa.int64()
-        if known not in (None, kind) and pa.string() in (known, kind):
-            raise ValueError(f"{document.source}, row {document.row}: label {name!r} is {value!r}, a {kind}, where "
-                             f"earlier documents have a {known}; expected only numbers or only strings. Convert it.")
-        if isinstance(value, int) and not -INT64_MAX <= value <= INT64_MAX:
-            raise ValueError(f"{document.source}, row {document.row}: label {name!r} is {value}, beyond 64 bits; "
-                             "expected a smaller number or a string. Convert it.")
-        self._types[name] = pa.float64() if known == pa.float64() and kind != known else kind
-        return value if isinstance(value, str) else repr(value)
-
-
-def sequence_labels(path: Path, document: np.ndarray) -> dict[str, LabelColumn]:
-    """Return the labels of each row's first document, from a `DocumentWriter`'s file.
-
-    `document` is the rows' non-decreasing int64 [n]. Memory: the result, 8 bytes a row and label at most.
-    """
-    found: dict[str, LabelColumn] = {}
-    base = 0
-    with pa.parquet.ParquetFile(path) as file:
-        for field in file.schema_arrow:
-            if field.name.startswith("label_"):
-                kind, missing = MISSING[field.type]
-                values = np.full(len(document), missing, kind)
-                found[field.name.removeprefix("label_")] = LabelColumn(values, {} if kind == "int32" else None)
-        for batch in file.iter_batches(DOCUMENTS_PER_GROUP):
-            low, high = np.searchsorted(document, [base, base + batch.num_rows])
-            wanted = batch.take(pa.array(document[low:high] - base))
-            for name, (values, categories) in found.items():
-                column = wanted.column(f"label_{name}")
-                if categories is None:
-                    column = column.fill_null(-1 if values.dtype == "int64" else np.nan)
-                    values[low:high] = column.to_numpy(zero_copy_only=False)
-                else:
-                    values[low:high] = [-1 if text is None else categories.setdefault(text, len(categories))
-                                        for text in column.to_pylist()]
-            base += batch.num_rows
-    return found

@@ -129,7 +129,7 @@ def _rows(options: Any, checkpoint: Any) -> tuple[Any, Any]:
     import numpy as np
 
     from headwater.extractor.config import RunConfig
-    from headwater.extractor.text_stage import Source
+    from headwater.extractor.source import Source
     from headwater.store.reader import open_run
 
     most = _whole(options, "max_sequences", 1)

@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headwater.benchmarks import bench_peers, bench_store, bench_survive, environments, limits, survive, truth
+from headwater.benchmarks import (
+    bench_peers,
+    bench_store,
+    bench_survive,
+    environments,
+    limits,
+    peer_inputs,
+    survive,
+    truth,
+)
 from headwater.benchmarks.peers import serve
 
 HERE = [peer for peer in environments.PEERS if not peer.packages]
@@ -48,7 +57,7 @@ def liar(tmp_path):
 
 def test_every_workload_is_checked_and_timed(cache, tmp_path, liar, monkeypatch):
     monkeypatch.setattr(bench_peers, "limits", lambda folder: limits.limits(folder, 8, 1))
-    works = {name: bench_peers.Workload(w.function, w.sites, 64, 2) for name, w in bench_peers.WORKLOADS.items()}
+    works = {name: peer_inputs.Workload(w.function, w.sites, 64, 2) for name, w in peer_inputs.WORKLOADS.items()}
     absent = environments.Peer("absent", "use_nnsight.py", "nothing", ("no-such-package",))
     monkeypatch.setattr(bench_peers, "version_of", lambda peer, python: "1")
     tables = list(bench_peers.iter_tables(works, "tiny", (1, 1), cache, tmp_path, [*HERE, liar, absent], keep=True))
@@ -70,7 +79,7 @@ def test_every_workload_is_checked_and_timed(cache, tmp_path, liar, monkeypatch)
 
 
 def test_truth_finds_what_is_wrong(cache):
-    model, ids = bench_peers.prepare_model("tiny", cache), cache / "few.npy"
+    model, ids = peer_inputs.prepare_model("tiny", cache), cache / "few.npy"
     np.save(ids, np.arange(24, dtype=np.int32).reshape(2, 12))
     known = truth.Truth.of(model, ids, cache / "few.npz", 4)
     for site in ("resid", "pattern", *truth.STATISTICS):

@@ -8,9 +8,8 @@ import torch
 from transformers.models.gpt2 import modeling_gpt2
 
 import headwater
-from headwater.extractor.activations import SMOOTH, value_and_slope
+from headwater.extractor.activations import ACTIVATIONS, SMOOTH, value_and_slope
 from headwater.extractor.edits import Edit, parse_edit
-from headwater.extractor.model import ACTIVATIONS
 from headwater.extractor.sites import RequestError
 
 N_LAYER, T = 3, 20

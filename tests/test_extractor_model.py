@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headwater
-from headwater.extractor import model as model_module
 from headwater.extractor import weights
+from headwater.extractor.activations import ACTIVATIONS, SMOOTH
 from headwater.extractor.sites import SITES
 
 LAYOUTS = ("unpadded", "left", "right", "documents")
@@ -25,7 +25,7 @@ SWITCHES = st.fixed_dictionaries({
 
 
 def test_every_activation_has_its_function():
-    assert sorted(weights.ACTIVATIONS) == sorted(model_module.ACTIVATIONS)
+    assert sorted(weights.ACTIVATIONS) == sorted(ACTIVATIONS) == sorted(SMOOTH)
 
 
 @pytest.mark.parametrize("name", weights.ACTIVATIONS)

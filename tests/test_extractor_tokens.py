@@ -14,9 +14,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from headwater.extractor import tokenizer as tokenizer_module
 from headwater.extractor import tokens as tokens_module
+from headwater.extractor.document_table import DocumentWriter, sequence_labels
 from headwater.extractor.texts import Document
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
-from headwater.extractor.tokens import DocumentWriter, Packing, iter_rows, iter_token_rows
+from headwater.extractor.tokens import Packing, iter_rows, iter_token_rows
 
 TEXTS = st.lists(st.text("ab \n\tthe'sé🤗1!\u3000\x1c", max_size=40), max_size=12)
 
@@ -107,7 +108,7 @@ def test_labels_become_typed_columns_of_the_rows(tmp_path):
     with DocumentWriter(tmp_path / "d.parquet", ["year", "score", "who", "nothing"]) as table:
         list(iter_rows(documents, CODER, Packing(4), table=table))
     assert [p.name for p in tmp_path.iterdir()] == ["d.parquet"]
-    labels = tokens_module.sequence_labels(tmp_path / "d.parquet", np.array([0, 0, 1, 2, 3, 3]))
+    labels = sequence_labels(tmp_path / "d.parquet", np.array([0, 0, 1, 2, 3, 3]))
     assert labels["year"].values.tolist() == [-1, -1, 1, 1, 3, 3] and labels["year"].values.dtype == np.int64
     np.testing.assert_array_equal(labels["score"].values, [1, 1, 2.5, np.nan, np.inf, np.inf])
     assert labels["who"].values.tolist() == [0, 0, -1, 1, 0, 0] and list(labels["who"].categories) == ["b", "a"]
