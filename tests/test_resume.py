@@ -13,7 +13,7 @@ import pytest
 
 import headwater
 from headwater.benchmarks import faults
-from headwater.extractor import run as driver
+from headwater.extractor import same_request
 from headwater.store import files
 from headwater.store.ledger import Ledger, LedgerError
 from headwater.store.manifest import RunError
@@ -146,8 +146,8 @@ def test_a_changed_source_is_named_and_a_missing_one_not_needed(tmp_path):
 @pytest.mark.parametrize("what", ["processor", "torch", "products"])
 def test_another_processor_is_refused_unless_accepted(made, tmp_path, monkeypatch, what):
     config = half(made[0], tmp_path / "run")
-    here = driver.made_by()
-    monkeypatch.setattr(driver, "made_by", lambda device: here | {what: "another kind"})
+    here = same_request.made_by()
+    monkeypatch.setattr(same_request, "made_by", lambda device: here | {what: "another kind"})
     with pytest.raises(RunError, match=f"was made with {what} .*; this is another kind.*--other-processor"):
         headwater.extract(config)
     assert headwater.extract(replace(config, other_processor=True)).complete.all()
