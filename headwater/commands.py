@@ -182,7 +182,9 @@ def run_info(options: Any) -> int:
         f"text     {count(m.n_sequences, 'sequence')} of {count(m.n_positions, 'position')} from "
         f"{source[0]['path'] if len(source) == 1 else count(len(source), 'file')}; {n:,} computed"
     )
-    print(f"made by  headwater {m.made_by['headwater']}, torch {m.made_by['torch']}, {m.made_by['processor']}")
+    made = m.made_by
+    products = "" if made.get("products", "torch") == "torch" else f", products by {made['products']}"
+    print(f"made by  headwater {made['headwater']}, torch {made['torch']}, {made['processor']}{products}")
     for spec in m.arrays:
         print(array_line(spec, spec.stored_bytes(m.n_sequences)))
     if isinstance(run.path, ObjectPath):

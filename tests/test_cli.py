@@ -11,6 +11,7 @@ from headwater.arguments import make_parser
 from headwater.cli import main
 from headwater.extractor.settings import CHOICES, PER_SITE
 from headwater.extractor.sites import PRESETS, SITES
+from headwater.kernels import products
 from headwater.store.reader import open_run
 
 
@@ -57,6 +58,7 @@ def test_status_info_and_verify_describe_a_run(cli, made):
     assert [r.err for r in (status, info, verify)] == ["", "", ""]
     assert ": done\nseconds  compute" in status.out and "0 problems" in verify.out
     assert "2 layers, 2 heads, d_model 16" in info.out and "pattern " in info.out
+    assert (f", products by {products.library()}" in info.out) == (products.library() != "torch")
     facts = json.loads(cli("status", made, "--json").out)
     assert facts["done"] and facts["committed"] == facts["n_blocks"] > 1 and facts["casts"] == {}
     assert facts["n_tokens"] == int((open_run(made).tokens >= 0).sum())
