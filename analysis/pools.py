@@ -38,10 +38,7 @@ class InProcess:
 
 
 class Threads:
-    """Threads of this process: numpy and the reader release the interpreter lock for most of the work.
-
-    torch's own threads, which would fight for the same cores, are shared out among them.
-    """
+    """Threads of this process: numpy and the reader release the interpreter lock for most of the work."""
 
     def __init__(self, n_workers: int) -> None:
         self.n_workers = n_workers
@@ -51,9 +48,9 @@ class Threads:
         import torch
 
         whole = torch.get_num_threads()
-        share = max(whole // self.n_workers, 1)
+        share = (_share_of_threads(self.n_workers),)
         try:
-            with ThreadPoolExecutor(self.n_workers, initializer=torch.set_num_threads, initargs=(share,)) as executor:
+            with ThreadPoolExecutor(self.n_workers, initializer=torch.set_num_threads, initargs=share) as executor:
                 yield from _drive(executor, function, items, IN_FLIGHT * self.n_workers)
         finally:
             torch.set_num_threads(whole)
@@ -67,8 +64,8 @@ class Processes:
 
     def map(self, function: Callable[[int], R], items: Iterable[int]) -> Iterator[tuple[int, R]]:
         """Yield in the order of completion."""
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.n_workers, context, initializer=_install, initargs=(function,)) as executor:
+        context, given = multiprocessing.get_context("spawn"), (function, _share_of_threads(self.n_workers))
+        with ProcessPoolExecutor(self.n_workers, context, initializer=_install, initargs=given) as executor:
             yield from _drive(executor, _call, items, IN_FLIGHT * self.n_workers)
 
 
@@ -126,8 +123,18 @@ def _drive(
             future.cancel()
 
 
-def _install(function: Callable[[int], Any]) -> None:
+def _share_of_threads(n_workers: int) -> int:
+    """Return how many of torch's threads, which fight for the same cores, each of several workers may have."""
+    import torch
+
+    return max(torch.get_num_threads() // n_workers, 1)
+
+
+def _install(function: Callable[[int], Any], n_threads: int) -> None:
     global _installed
+    import torch
+
+    torch.set_num_threads(n_threads)
     _installed = function
 
 

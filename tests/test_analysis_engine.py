@@ -1,9 +1,11 @@
 """The engine: fixed merges, the same bits in every pool and order, only what is complete, bounded memory."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 import xarray
 
 from headwater.analysis.cosine import cosine
@@ -87,6 +89,19 @@ def test_results_have_the_same_bits_in_every_pool_and_order(analysis_run, layout
     for scan in scans + [Scan(2, "processes")] * (layout == "plain"):
         for name, value in everything(run, scan).items():
             np.testing.assert_array_equal(value, expected[name], f"{name} {scan}", strict=True)
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_workers_share_torchs_threads_out(kind):
+    """Two workers with all threads each fight for the cores: a scan by processes took ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(10)
+    try:
+        count = partial(eval, "__import__('torch').get_num_threads()")  # what travels must be known to other processes
+        assert [n for _, n in make_pool(kind, 2).map(count, [{}])] == [5]
+        assert torch.get_num_threads() == 10
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_pools_are_tried_on_every_reducer(analysis_run, monkeypatch):
