@@ -19,7 +19,7 @@ from headwater.analysis.results import coordinates, provenance
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
-CACHE_BYTES = 768 << 10
+CACHE_BYTES = 3 << 20
 CONVENTIONS = (
     "norm: mean Euclidean norm of the residual stream; consecutive: mean per-token cosine of a depth with the stored "
     "one before; norm_growth: geometric mean of the ratio of their norms. Raw; positions without_first leaves out each "
@@ -66,7 +66,7 @@ class Norms(Reducer):
         return 2 * CACHE_BYTES + (1 << 18)
 
     def update(self, state: State, chunk: Chunk) -> None:
-        """Add all depths, in tiles of rows that stay in the cache."""
+        """Add all depths, in tiles of rows that stay in a cache of several MB; smaller ones wait for the interpreter."""
         assert self.leads is not None
         site = self.sites[0]
         text = chunk.text(site)
