@@ -66,7 +66,7 @@ class Norms(Reducer):
         return 2 * CACHE_BYTES + (1 << 18)
 
     def update(self, state: State, chunk: Chunk) -> None:
-        """Add all depths, in tiles of rows that stay in a cache of several MB; smaller ones wait for the interpreter."""
+        """Add all depths, in tiles that fit a cache of several MB; two threads wait for each other at small ones."""
         assert self.leads is not None
         site = self.sites[0]
         text = chunk.text(site)
