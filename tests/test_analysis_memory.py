@@ -68,4 +68,6 @@ def test_the_peak_is_within_the_projection(run, what, workers, monkeypatch):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak <= projected <= 12 * peak + (8 << 20)
+    assert peak <= projected
+    if workers == 1:  # how far two overlap is chance
+        assert projected <= 12 * peak + (8 << 20)
