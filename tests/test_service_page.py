@@ -88,7 +88,8 @@ def test_a_job_is_submitted_watched_and_looked_at(page, server, root):
     run = headwater.open_run(root / "mine")
     for layer, head in ((0, 0), (3, 5)):
         page.locator(f'[data-cell="{layer}.{head}"]').click()
-        page.get_by_role("heading", name=f"pattern of layer {layer}, head {head}").wait_for()
+        page.locator('[aria-busy="false"]').wait_for()
+        assert page.get_by_role("heading", name=f"pattern of layer {layer}, head {head}").is_visible()
         for query, key in ((31, 0), (12, 12), (20, 7)):
             said = hover(page, "#large", 32, query, key)
             row = run["pattern"][layer, 0, head, query].astype(float)

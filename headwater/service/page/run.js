@@ -81,6 +81,7 @@ class RunView {
   // Draw what changed; all where the sequence did.
   async show(changed = null) {
     const mine = ++this.count, current = () => mine === this.count;
+    this.main.setAttribute("aria-busy", true);
     try {
       if (!changed) {
         this.tokens = await panels.getFigure(this.name, "tokens", this.sequence);
@@ -99,6 +100,8 @@ class RunView {
       if (current()) await this.drawMaps(current);
     } catch (error) {
       if (current()) this.boxes.large.replaceChildren(problem(error));
+    } finally {
+      if (current()) this.main.setAttribute("aria-busy", false);
     }
   }
 
