@@ -59,19 +59,25 @@ def newest(results: Path) -> list[str]:
     return [found[name] for name in sorted(found, key=lambda n: (n not in SECTIONS, n))]
 
 
-def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
-    """Return the files of the page, by path below docs, from these results."""
+def read(results: Path, names: Sequence[str]) -> dict[str, list[Row]]:
+    """Return the rows of dated results by the name of their benchmark."""
     tables: dict[str, list[Row]] = {}
     for name in names:
         with (results / name).open(newline="", encoding="utf-8") as file:
             tables[name.rsplit("-", 3)[0]] = list(csv.DictReader(file))
+    return tables
+
+
+def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return the files of the page, by path below docs, from these results."""
+    tables = read(results, names)
     machines = sorted({f"{r.get('gpu') or _processor(r)}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
                        for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
     sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
     machine = f"Measured on {'; '.join(machines)}." if machines else ""
     parts, files = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")], dict[str, str]()
     peers = tables.pop("peers", [])
-    parts.append(goals(peers, tables.get("extract", [])))
+    parts += [goals(peers, tables.get("extract", [])), *goals_elsewhere(results)]
     if peers:
         parts.append(behind(peers))
         for workload, title in WORKLOADS.items():
@@ -187,9 +193,20 @@ def _processor(row: Row) -> str:
     return row["processor"] + ("" if products == "torch" else f" by {products}")
 
 
-def goals(rows: Sequence[Row], extract: Sequence[Row]) -> str:
+def goals_elsewhere(results: Path) -> list[str]:
+    """Say which goals are met on other machines: each has a folder of results of its own."""
+    parts = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        tables = read(folder, newest(folder))
+        peers, extract = tables.get("peers", []), tables.get("extract", [])
+        machines = sorted({f"{_processor(row)}, {row['threads']} threads" for row in [*peers, *extract]})
+        parts.append(goals(peers, extract, f"The same goals on {'; '.join(machines)}"))
+    return parts
+
+
+def goals(rows: Sequence[Row], extract: Sequence[Row], title: str = "Goals") -> str:
     """Say which goals are met: ratios to the plain forward, to the best peer where memory is kept, to GEMM."""
-    lines = ["## Goals", "", "| workload | goal | measured | |", "|---|---|---|---|"]
+    lines = [f"## {title}", "", "| workload | goal | measured | |", "|---|---|---|---|"]
     for workload, goal in GOALS.items():
         mine = [row for row in rows if row["workload"] == workload]
         lines.append(_goal(workload, f"≥ {goal} × plain", of(mine, "headwater", "default", "x_plain"), goal))

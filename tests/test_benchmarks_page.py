@@ -30,12 +30,15 @@ def test_page_shows_goals_losses_and_what_was_not_measured(tmp_path):
     forward = [{"compute": compute, "case": "plain", "of_gemm_rate": rate}
                for compute, rate in (("bf16", 0.5), ("fp32", 0.79))]
     measure.write_csv("extract", forward, tmp_path)
+    measure.write_csv("extract", [forward[1] | {"of_gemm_rate": 0.81}], tmp_path / "elsewhere")
     made = page.make_page(tmp_path, page.newest(tmp_path))
     text = made["performance.md"]
     assert "| patterns | ≥ 1.1 × plain | 1.2 | met" in text
     assert "≥ 1.7 × the best peer (other), memory kept | 1.71 | met" in text
     assert "| short | ≥ 1.1 × plain | not measured yet" in text
     assert "| our forward, nothing captured | ≥ 0.8 of the fp32 GEMM rate | 0.79 | **not met** |" in text
+    elsewhere = text.split("## The same goals on ")[1].split("## ")[0]
+    assert "| patterns | ≥ 1.1 × plain | not measured yet" in elsewhere and "| 0.81 | met |" in elsewhere
     behind = text.split("## Where Headwater is behind")[1].split("##")[0]
     assert behind.count("rival has read_ms 0.3, Headwater 0.5") == 2 and "other" not in behind
     assert "not measured: pip cannot install it" in text and "## Stores" in text
