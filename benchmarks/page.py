@@ -71,10 +71,9 @@ def read(results: Path, names: Sequence[str]) -> dict[str, list[Row]]:
 def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     """Return the files of the page, by path below docs, from these results."""
     tables = read(results, names)
-    machines = sorted({f"{r.get('gpu') or _processor(r)}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
-                       for rows in tables.values() for r in rows if "processor" in r})  # fmt: skip
+    machines = _machines([row for rows in tables.values() for row in rows])
     sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
-    machine = f"Measured on {'; '.join(machines)}." if machines else ""
+    machine = f"Measured on {machines}." if machines else ""
     parts, files = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")], dict[str, str]()
     peers = tables.pop("peers", [])
     parts += [goals(peers, tables.get("extract", [])), *goals_elsewhere(results)]
@@ -188,6 +187,12 @@ def peer_table(rows: Sequence[Row]) -> str:
     return note + f"The plain forward's best batch: {', '.join(batches)}.\n\n" + "\n".join(lines)
 
 
+def _machines(rows: Sequence[Row]) -> str:
+    """Name every machine that rows were measured on, with torch's version and the day."""
+    return "; ".join(sorted({f"{r.get('gpu') or _processor(r)}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
+                             for r in rows if "processor" in r}))  # fmt: skip
+
+
 def _processor(row: Row) -> str:
     products = row.get("products") or "torch"
     return row["processor"] + ("" if products == "torch" else f" by {products}")
@@ -199,8 +204,7 @@ def goals_elsewhere(results: Path) -> list[str]:
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         tables = read(folder, newest(folder))
         peers, extract = tables.get("peers", []), tables.get("extract", [])
-        machines = sorted({f"{_processor(row)}, {row['threads']} threads" for row in [*peers, *extract]})
-        parts.append(goals(peers, extract, f"The same goals on {'; '.join(machines)}"))
+        parts.append(goals(peers, extract, f"The same goals on {_machines([*peers, *extract])}"))
     return parts
 
 
