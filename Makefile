@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := demo-run
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test quick lint wheel clean
 
 # Extract from real text, the source of the standard library's json package, with the model in the package.
 demo: .venv/ready
@@ -17,7 +17,12 @@ demo: .venv/ready
 test: .venv/test
 	$(BIN)/python -m pytest
 
+# What starts no server, cluster, browser or crash: a first answer, not the whole one.
+quick: .venv/test
+	$(BIN)/python -m pytest -m "not slow"
+
 lint: .venv/test
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
@@ -28,11 +33,11 @@ wheel: .venv/test
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable .
 	touch $@
 
 .venv/test: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[test]'
 	touch $@
 
 clean:

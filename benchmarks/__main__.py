@@ -9,7 +9,7 @@ import sys
 
 from headwater.benchmarks import base, page
 from headwater.benchmarks.registry import BENCHMARKS, TESTS, load
-from headwater.cli import settle_threads
+from headwater.cli.entry import settle_threads
 
 
 def main(arguments: list[str]) -> int:
@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
             print(f"  {name:10} {text}")
         print(f"  {'page':10} docs/performance.md from the newest results")
         return 0 if not arguments or arguments[0] in ("-h", "--help") else 2
-    name, rest = arguments[0], arguments[1:]
+    name = arguments[0]
+    rest = arguments[1:]
     if "--base" not in rest:
         settle_threads()
         return int(load(name)(rest))
@@ -31,7 +32,11 @@ def main(arguments: list[str]) -> int:
         print("--base needs a commit, such as --base main~5.", file=sys.stderr)
         return 2
     try:
-        print(base.compare(name, [*rest[:at], *rest[at + 2 :]], rest[at + 1], TESTS.get(name, TESTS["extract"])))
+        print(
+            base.compare(
+                name, [*rest[:at], *rest[at + 2 :]], rest[at + 1], TESTS.get(name, TESTS["extract"])
+            )
+        )
     except base.BaseError as error:
         print(f"headwater.benchmarks: {error}", file=sys.stderr)
         return 1

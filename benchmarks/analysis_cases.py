@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from headwater.analysis.stream import READERS
+import headwater
+from headwater.analysis.streams.stream import READERS
 from headwater.store.reader import Run
 
 K = 32
@@ -32,7 +33,8 @@ def _list_files(folder: Path) -> list[Path]:
 
 def files_of_depth(run: Run) -> list[Path]:
     """List the shards of the middle depth; all of them where shards hold several depths."""
-    files, depth = files_of(run), str(middle(run))
+    files = files_of(run)
+    depth = str(middle(run))
     return [path for path in files if path.relative_to(str(run.path)).parts[2] == depth] or files
 
 
@@ -63,14 +65,14 @@ def case_raw(run: Run, threads: int, memory: int) -> Figures:
 
 def case_norms(run: Run, threads: int, memory: int) -> Figures:
     """Norms and consecutive cosines of all depths, in one pass."""
-    from headwater.analysis.norms import norms
+    from headwater.analysis.measures.norms import norms
 
     return {"consecutive": norms(run, scan=_scan(threads, memory)).consecutive[0].values.tolist()}
 
 
 def case_cosine(run: Run, threads: int, memory: int) -> Figures:
     """Every variant of the cosine of every pair of depths, in two passes."""
-    from headwater.analysis.cosine import cosine
+    from headwater.analysis.measures.cosine import cosine
 
     got = cosine(run, cka=None, scan=_scan(threads, memory))
     raw = got.consecutive.sel(centring="raw", positions="all", outliers="in")
@@ -79,7 +81,7 @@ def case_cosine(run: Run, threads: int, memory: int) -> Figures:
 
 def case_svd(run: Run, threads: int, memory: int) -> Figures:
     """Exact SVD of one depth, every variant, in float64."""
-    from headwater.analysis.svd import svd
+    from headwater.analysis.measures.svd import svd
 
     got = svd(run, at=[middle(run)], k=K, scan=_scan(threads, memory))
     sigma = got.singular_value.sel(centring="centred", positions="all").values[0, :K]
@@ -90,14 +92,14 @@ def case_svd(run: Run, threads: int, memory: int) -> Figures:
 
 def case_stream(run: Run, threads: int, memory: int) -> Figures:
     """Shuffled batches of all depths."""
-    for _ in run.stream("resid", 4096, at=run.leads("resid"), buffer_bytes=memory // 2):
+    for _ in headwater.stream(run, "resid", 4096, at=run.leads("resid"), buffer_bytes=memory // 2):
         pass
     return {}
 
 
 def case_stream_one(run: Run, threads: int, memory: int) -> Figures:
     """Shuffled batches of one depth."""
-    for _ in run.stream("resid", 4096, at=middle(run), buffer_bytes=memory // 4):
+    for _ in headwater.stream(run, "resid", 4096, at=middle(run), buffer_bytes=memory // 4):
         pass
     return {"share": 1 / len(run.leads("resid"))}
 
@@ -125,7 +127,10 @@ def case_dask_svd(run: Run, threads: int, memory: int) -> Figures:
     da: Any = import_module("dask.array")
     rows = _dask(run)[middle(run)].reshape(-1, run["resid"].shape[-1]).astype(np.float64)
     sigma = da.linalg.svd_compressed(rows - rows.mean(0), K, n_power_iter=2, seed=0)[1]
-    return {"sigma": sigma.compute(num_workers=threads).tolist(), "share": 1 / len(run.leads("resid"))}
+    return {
+        "sigma": sigma.compute(num_workers=threads).tolist(),
+        "share": 1 / len(run.leads("resid")),
+    }
 
 
 def case_dask_norms(run: Run, threads: int, memory: int) -> Figures:
@@ -155,7 +160,7 @@ CASES: dict[str, Callable[[Run, int, int], Figures]] = {
 
 
 def _scan(threads: int, memory: int) -> Any:
-    from headwater.analysis.engine import Scan
+    from headwater.analysis.engine.scan import Scan
 
     return Scan(workers=threads, memory=memory)
 

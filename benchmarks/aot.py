@@ -27,11 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headwater.kernels.program import Launch
+from headwater.kernels.gpu.program import Launch
 
 RESULTS = Path(__file__).parent / "results" / "kernels_aot.csv"
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-           "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32"}
 
 
@@ -53,7 +57,9 @@ class Compiled:
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list]]:
     """Return types, constants and divisibility of a launch's arguments as the just-in-time compiler would see them."""
-    types, constants, hints = {}, {}, {}
+    types = {}
+    constants = {}
+    hints = {}
     for i, param in enumerate(launch.kernel.params):
         value = launch.arguments[param.name]
         if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
@@ -77,8 +83,11 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     """Compile a launch for `arch` and disassemble it."""
     types, constants, hints = signature(launch)
     begin = time.perf_counter()
-    made = triton.compile(ASTSource(launch.kernel, types, constants, hints), target=TARGETS[arch],
-                          options=launch.options)
+    made = triton.compile(
+        ASTSource(launch.kernel, types, constants, hints),
+        target=TARGETS[arch],
+        options=launch.options,
+    )
     seconds = time.perf_counter() - begin
     if arch.startswith("sm"):
         return _read_cuda(made, seconds)
@@ -94,12 +103,18 @@ def _read_cuda(made: Any, seconds: float) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        text = subprocess.run([_cuobjdump(), "-res-usage", "-sass", file.name], capture_output=True, text=True,
-                              check=True).stdout
+        text = subprocess.run(
+            [_cuobjdump(), "-res-usage", "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED):(\d+)", text)}
     stores: dict[int, int] = {}
     for line in re.findall(r"\bSTG(\.[\w.]+)", text):
-        width = next((int(w) for w in re.findall(r"\.(\d+)(?=\.|$)", line) if int(w) in (64, 128, 256)), 32)
+        width = next(
+            (int(w) for w in re.findall(r"\.(\d+)(?=\.|$)", line) if int(w) in (64, 128, 256)), 32
+        )
         width = {"U8": 8, "U16": 16}.get(next(iter(re.findall(r"U8|U16", line)), ""), width)
         stores[width] = stores.get(width, 0) + 1
     return Compiled(
@@ -118,8 +133,14 @@ def _read_cuda(made: Any, seconds: float) -> Compiled:
 
 def _read_amd(made: Any, seconds: float) -> Compiled:
     text = made.asm["amdgcn"]
-    found = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size"
-                                                         r"|sgpr_spill_count):\s*(\d+)", text)}
+    found = {
+        key: int(value)
+        for key, value in re.findall(
+            r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size"
+            r"|sgpr_spill_count):\s*(\d+)",
+            text,
+        )
+    }
     stores: dict[int, int] = {}
     widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
     for kind in re.findall(r"\b(?:global|buffer)_store_(\w+?)(?:_d16_hi)?\b", text):
@@ -180,11 +201,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile the cases asked for; return 1 where one breaks its budget."""
     from headwater.benchmarks.aot_cases import choose_table, compile_case, cover_cases, table_cases
 
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks.aot", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks.aot", description=__doc__.split("\n\n")[0]
+    )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--all", action="store_true", help="every configuration of the launch table; writes the CSV")
+    what.add_argument(
+        "--all", action="store_true", help="every configuration of the launch table; writes the CSV"
+    )
     what.add_argument("--cover", action="store_true", help="the covering set of the tests")
-    what.add_argument("--choose", action="store_true", help="choose the launch table anew and print its rows")
+    what.add_argument(
+        "--choose", action="store_true", help="choose the launch table anew and print its rows"
+    )
     parser.add_argument("--arch", choices=list(TARGETS), help="only this device")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where --all writes")
     options = parser.parse_args(arguments)
@@ -198,9 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         made = compile_case(case)
         rows.append(row(case, made))
-        print(f"{case.name}: {made.registers} registers, {made.spills} spills, {made.shared} bytes shared, "
-              f"{made.seconds:.1f} s{rows[-1]['faults'] and '; BREAKS ITS BUDGET: ' + rows[-1]['faults']}",
-              file=sys.stderr, flush=True)
+        print(
+            f"{case.name}: {made.registers} registers, {made.spills} spills, {made.shared} bytes shared, "
+            f"{made.seconds:.1f} s{rows[-1]['faults'] and '; BREAKS ITS BUDGET: ' + rows[-1]['faults']}",
+            file=sys.stderr,
+            flush=True,
+        )
         if options.all:
             _write(options.out, rows)
     return int(any(line["faults"] for line in rows))

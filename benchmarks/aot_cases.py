@@ -10,20 +10,46 @@ from dataclasses import dataclass, replace
 import torch
 
 from headwater.benchmarks.aot import Compiled, compile_launch
-from headwater.kernels.attention_pattern import plan_pattern
-from headwater.kernels.attention_statistics import plan_statistics
-from headwater.kernels.column_mass import plan_column_mass
-from headwater.kernels.launch import ARCHES, HEAD_SIZES, Config, lookup
-from headwater.kernels.program import Launch
-from headwater.kernels.residual_tap import plan_residual
+from headwater.kernels.gpu.column_mass import plan_column_mass
+from headwater.kernels.gpu.launch import ARCHES, HEAD_SIZES, Config, lookup
+from headwater.kernels.gpu.pattern import plan_pattern
+from headwater.kernels.gpu.program import Launch
+from headwater.kernels.gpu.residual import plan_residual
+from headwater.kernels.gpu.row_statistics import plan_statistics
 
 KERNELS = ("pattern", "statistics", "flash", "column")
 SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-CANDIDATES = ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1),
-              (32, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1))
-FULL_CANDIDATES = ((64, 32, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 4, 1))
-COLUMN_CANDIDATES = ((64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (32, 64, 4, 1),
-                     (32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))
+CANDIDATES = (
+    (128, 64, 8, 2),
+    (128, 32, 8, 2),
+    (64, 64, 4, 2),
+    (64, 32, 4, 2),
+    (64, 32, 8, 2),
+    (64, 32, 8, 1),
+    (32, 32, 4, 2),
+    (32, 32, 4, 1),
+    (32, 16, 4, 1),
+    (16, 16, 4, 1),
+)
+FULL_CANDIDATES = (
+    (64, 32, 8, 2),
+    (64, 32, 4, 2),
+    (32, 32, 4, 2),
+    (32, 32, 4, 1),
+    (32, 16, 4, 1),
+    (16, 16, 4, 1),
+)
+COLUMN_CANDIDATES = (
+    (64, 128, 8, 2),
+    (32, 128, 8, 2),
+    (64, 64, 4, 2),
+    (32, 64, 4, 2),
+    (32, 64, 8, 2),
+    (32, 64, 4, 1),
+    (32, 32, 4, 1),
+    (16, 32, 4, 1),
+    (16, 16, 4, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +68,13 @@ class Case:
     def name(self) -> str:
         """A short name for tables and test ids."""
         c = self.config
-        parts = [self.kernel, self.arch, str(self.d_head), str(self.dtype).removeprefix("torch."),
-                 f"{c.block_m}x{c.block_n} w{c.warps} s{c.stages}" + " tma" * c.tma]
+        parts = [
+            self.kernel,
+            self.arch,
+            str(self.d_head),
+            str(self.dtype).removeprefix("torch."),
+            f"{c.block_m}x{c.block_n} w{c.warps} s{c.stages}" + " tma" * c.tma,
+        ]
         return " ".join(parts + ["square"] * self.square + ["causal"] * (not self.masked))
 
 
@@ -67,18 +98,38 @@ def plan(case: Case, n_positions: int = 1024) -> Launch:
 def _plan(case: Case, n_positions: int) -> Launch:
     if case.kernel == "residual":
         x = torch.empty(64, case.d_head, dtype=case.dtype, device="meta")
-        return plan_residual(x, x, x[0], x[0], epsilon=1e-5, previous=x, out=x, slot=None, config=case.config)
-    q, k, v = torch.empty(2, n_positions, 3, 12, case.d_head, dtype=case.dtype, device="meta").unbind(2)
+        return plan_residual(
+            x, x, x[0], x[0], epsilon=1e-5, previous=x, out=x, slot=None, config=case.config
+        )
+    q, k, v = torch.empty(
+        2, n_positions, 3, 12, case.d_head, dtype=case.dtype, device="meta"
+    ).unbind(2)
     start = torch.empty(2, n_positions, dtype=torch.int32, device="meta") if case.masked else None
     if case.kernel == "pattern":
         kept = torch.float32 if case.dtype == torch.float32 else torch.float16
-        return plan_pattern(q, k, v, scale=0.125, row_start=start, edge=-1 if case.square else 256,
-                            pattern_dtype=kept, config=case.config)
+        return plan_pattern(
+            q,
+            k,
+            v,
+            scale=0.125,
+            row_start=start,
+            edge=-1 if case.square else 256,
+            pattern_dtype=kept,
+            config=case.config,
+        )
     if case.kernel == "column":
         lse = torch.empty(2, 12, n_positions, device="meta")
         return plan_column_mass(q, k, lse, scale=0.125, row_start=start, config=case.config)
-    return plan_statistics(q, k, v, scale=0.125, row_start=start, statistics=case.kernel == "statistics",
-                           features=None, config=case.config)
+    return plan_statistics(
+        q,
+        k,
+        v,
+        scale=0.125,
+        row_start=start,
+        statistics=case.kernel == "statistics",
+        features=None,
+        config=case.config,
+    )
 
 
 def compile_case(case: Case) -> Compiled:
@@ -93,7 +144,9 @@ def blocks_per_multiprocessor(case: Case, made: Compiled) -> int:
         return min(waves // case.config.warps, 65536 // made.shared if made.shared else 32)
     registers = 65536 // (-(-made.registers // 8) * 8 * 32 * case.config.warps)
     shared = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[case.arch] * 1024 // (made.shared + 1024)
-    return min(registers, shared, (2048 if case.arch != "gfx942" else 2560) // (32 * case.config.warps), 32)
+    return min(
+        registers, shared, (2048 if case.arch != "gfx942" else 2560) // (32 * case.config.warps), 32
+    )
 
 
 def table_cases() -> Iterator[Case]:
@@ -118,15 +171,25 @@ def table_cases() -> Iterator[Case]:
 
 def cover_cases() -> Iterator[Case]:
     """Yield about twenty cases that touch every kernel, device, path and type."""
-    half, bfloat, full = torch.float16, torch.bfloat16, torch.float32
+    half = torch.float16
+    bfloat = torch.bfloat16
+    full = torch.float32
     wanted = [("pattern", arch, 64, half) for arch in ARCHES]
     wanted += [("statistics", arch, 64, half) for arch in ARCHES]
     wanted += [("column", arch, 64, half) for arch in ("sm_80", "sm_90", "gfx942")]
-    wanted += [("pattern", "sm_90", 128, bfloat), ("statistics", "sm_90", 128, bfloat), ("flash", "sm_90", 64, half),
-               ("pattern", "sm_90", 64, full), ("pattern", "sm_80", 80, bfloat), ("residual", "sm_90", 768, half),
-               ("residual", "gfx942", 1600, full)]
+    wanted += [
+        ("pattern", "sm_90", 128, bfloat),
+        ("statistics", "sm_90", 128, bfloat),
+        ("flash", "sm_90", 64, half),
+        ("pattern", "sm_90", 64, full),
+        ("pattern", "sm_80", 80, bfloat),
+        ("residual", "sm_90", 768, half),
+        ("residual", "gfx942", 1600, full),
+    ]
     for kernel, arch, size, dtype in wanted:
-        yield Case(kernel, arch, size, dtype, lookup(kernel, arch, size, 32 if dtype == full else 16))
+        yield Case(
+            kernel, arch, size, dtype, lookup(kernel, arch, size, 32 if dtype == full else 16)
+        )
     config = lookup("pattern", "sm_90", 64, 16)
     yield Case("pattern", "sm_90", 64, half, replace(config, tma=False))
     yield Case("pattern", "sm_90", 64, half, config, square=True)
@@ -143,11 +206,15 @@ def faults(case: Case, made: Compiled) -> list[str]:
     narrow = case.dtype != torch.float32 and case.d_head <= 128
     primary = case.config.tma or not case.arch.startswith(("sm_90", "sm_100"))
     if case.kernel != "residual" and narrow and primary and (made.spills or made.stack):
-        found.append(f"{made.spills} spill instructions and {made.stack} bytes of stack, expected none")
+        found.append(
+            f"{made.spills} spill instructions and {made.stack} bytes of stack, expected none"
+        )
     if case.kernel != "residual" and not made.matrix:
         found.append("no matrix instruction")
     if made.shared > SHARED_LIMIT[case.arch]:
-        found.append(f"{made.shared} bytes of shared memory, the device has {SHARED_LIMIT[case.arch]}")
+        found.append(
+            f"{made.shared} bytes of shared memory, the device has {SHARED_LIMIT[case.arch]}"
+        )
     if case.kernel == "pattern":
         if case.config.tma and not made.tma_stores:
             found.append("the pattern isn't stored by descriptors")
@@ -165,12 +232,20 @@ def choose_row(kernel: str, arch: str, size: int, bits: int) -> str:
     """
     dtype = torch.float32 if bits == 32 else torch.float16
     best: tuple[tuple[int, int], str] | None = None
-    candidates = COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
+    candidates = (
+        COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
+    )
     for m, n, warps, stages in candidates:
         if m * n * size > (2**17 if bits == 32 else 2**20):
             continue
         tma = arch in ("sm_90", "sm_100")
-        case = Case(kernel, arch, size, dtype, Config(m, n, warps, 1 if arch == "gfx942" else stages, tma=tma))
+        case = Case(
+            kernel,
+            arch,
+            size,
+            dtype,
+            Config(m, n, warps, 1 if arch == "gfx942" else stages, tma=tma),
+        )
         text = f"{m}x{n} w{warps} s{case.config.stages}" + " tma" * tma
         try:
             made = compile_case(case)
@@ -186,12 +261,14 @@ def choose_row(kernel: str, arch: str, size: int, bits: int) -> str:
         if best is None or rank < best[0]:
             best = (rank, text)
     if best is None:
-        raise RuntimeError(f"no candidate compiles for {kernel} on {arch}, d_head {size}, {bits} bits")
+        raise RuntimeError(
+            f"no candidate compiles for {kernel} on {arch}, d_head {size}, {bits} bits"
+        )
     return best[1]
 
 
 def choose_table() -> Iterator[str]:
-    """Yield the lines of `kernels/launch_table.py` anew."""
+    """Yield the lines of `kernels/gpu/table.py` anew."""
     for arch in ARCHES:
         for kernel in KERNELS:
             for bits in (16, 32):

@@ -29,7 +29,12 @@ class BaseError(RuntimeError):
 
 
 def compare(
-    name: str, arguments: Sequence[str], ref: str, tests: Sequence[str], root: Path = ROOT, pairs: int = PAIRS
+    name: str,
+    arguments: Sequence[str],
+    ref: str,
+    tests: Sequence[str],
+    root: Path = ROOT,
+    pairs: int = PAIRS,
 ) -> str:
     """Return a table of how much faster this checkout is than `ref` in a benchmark; raise BaseError."""
     with worktree(root, ref) as (base, commit):
@@ -55,7 +60,9 @@ def worktree(root: Path, ref: str) -> Iterator[tuple[Path, str]]:
     folder = root.parent / f"{root.name}-base-{commit}-{os.getpid()}"
     made = _git(root, "worktree", "add", "--detach", str(folder), commit)
     if made.returncode:
-        raise BaseError(f"--base {ref}: git cannot make a worktree in {folder}: {made.stderr.strip()}")
+        raise BaseError(
+            f"--base {ref}: git cannot make a worktree in {folder}: {made.stderr.strip()}"
+        )
     try:
         yield folder, commit
     finally:
@@ -66,7 +73,9 @@ def run_tests(tree: Path, tests: Sequence[str], what: str) -> None:
     """Run the tests of a tree that guard a benchmark; raise BaseError where there are none or one fails."""
     present = [test for test in tests if (tree / test).exists()]
     if not present:
-        raise BaseError(f"{what} has none of the tests {', '.join(tests)}; figures without them are not reported.")
+        raise BaseError(
+            f"{what} has none of the tests {', '.join(tests)}; figures without them are not reported."
+        )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *present]
     done = subprocess.run(command, cwd=tree, env=_environment(tree), capture_output=True, text=True)
     if done.returncode:
@@ -81,16 +90,23 @@ def measure(tree: Path, name: str, arguments: Sequence[str], into: Path) -> dict
     command = [sys.executable, "-m", "headwater.benchmarks", name, *arguments, "--save"]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise BaseError(f"{name} does not run in {tree}: {(done.stderr or done.stdout).strip()[-300:]}")
+        raise BaseError(
+            f"{name} does not run in {tree}: {(done.stderr or done.stdout).strip()[-300:]}"
+        )
     rates: dict[str, float] = {}
     for path in sorted(into.glob("*.csv")):
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 label = " ".join(row[c] for c in ("workload", "case", "workers") if row.get(c))
-                rates |= {f"{label}: {column}": float(value) for column, value in row.items()
-                          if column.endswith("_per_second") and value}  # fmt: skip
+                rates |= {
+                    f"{label}: {column}": float(value)
+                    for column, value in row.items()
+                    if column.endswith("_per_second") and value
+                }
     if not rates:
-        raise BaseError(f"{name} {' '.join(arguments)} gave no column that ends in _per_second to compare.")
+        raise BaseError(
+            f"{name} {' '.join(arguments)} gave no column that ends in _per_second to compare."
+        )
     return rates
 
 
@@ -102,7 +118,9 @@ def table(base: Sequence[dict[str, float]], here: Sequence[dict[str, float]], co
             ratios[key].append(after[key] / before[key])
     lines = [f"{'':48}{commit:>14}{'here':>12}{'here / base':>13}"]
     for key in (key for key in here[0] if key in ratios):
-        old, new = (statistics.median(side[key] for side in runs if key in side) for runs in (base, here))
+        old, new = (
+            statistics.median(side[key] for side in runs if key in side) for runs in (base, here)
+        )
         lines.append(f"{key:48}{old:>14.1f}{new:>12.1f}{statistics.median(ratios[key]):>13.3f}")
     return "\n".join(lines)
 

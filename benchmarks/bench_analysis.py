@@ -25,7 +25,15 @@ from pathlib import Path
 
 import numpy as np
 
-from headwater.benchmarks.analysis_cases import CASES, Figures, K, files_of, files_of_depth, middle, read
+from headwater.benchmarks.analysis_cases import (
+    CASES,
+    Figures,
+    K,
+    files_of,
+    files_of_depth,
+    middle,
+    read,
+)
 from headwater.benchmarks.measure import write_csv
 from headwater.benchmarks.synthetic import make_run
 from headwater.store.reader import Run, open_run
@@ -67,7 +75,8 @@ def watch_memory(found: Figures) -> Iterator[None]:
     """Put the peaks of memory above the present into `found`, looked at every 5 ms; nothing where /proc is missing."""
     with suppress(OSError):
         resident()
-        done, before = threading.Event(), resident()
+        done = threading.Event()
+        before = resident()
         peak = dict(before)
 
         def watch() -> None:
@@ -100,9 +109,13 @@ def measure_case(name: str, path: Path, threads: int, memory: int) -> Figures:
         read(files_of_depth(run))
     figures: Figures = {}
     with watch_memory(figures):
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu = time.process_time()
         figures |= CASES[name](run, threads, memory)
-        figures |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        figures |= {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu,
+        }
     if "flops" in figures:
         figures["rate"] = float64_rate(run["resid"].shape[-1])
     return figures
@@ -111,10 +124,14 @@ def measure_case(name: str, path: Path, threads: int, memory: int) -> Figures:
 def exact_sigma(run: Run) -> np.ndarray:
     """Return the first K singular values of one centred depth, in float64 by numpy."""
     width = run["resid"].shape[-1]
-    n, total, products = 0, np.zeros(width), np.zeros((width, width))
+    n = 0
+    total = np.zeros(width)
+    products = np.zeros((width, width))
     for sequence in range(run.manifest.n_sequences):
         rows = run["resid"][middle(run), sequence].astype(np.float64)
-        n, total, products = n + len(rows), total + rows.sum(0), products + rows.T @ rows
+        n = n + len(rows)
+        total = total + rows.sum(0)
+        products = products + rows.T @ rows
     return np.asarray(np.sqrt(np.linalg.eigvalsh(products - np.outer(total, total) / n)[::-1][:K]))
 
 
@@ -140,10 +157,16 @@ def error_of(figures: Figures, sigma: np.ndarray, consecutive: np.ndarray) -> st
 
 def raw_of(name: str) -> str:
     """Name the plain read that a case is compared with."""
-    return "raw read" + (", one depth" if "one depth" in name else "") + (CACHED if name.endswith(CACHED) else "")
+    return (
+        "raw read"
+        + (", one depth" if "one depth" in name else "")
+        + (CACHED if name.endswith(CACHED) else "")
+    )
 
 
-def measure_rounds(path: Path, threads: int, memory: int, cases: list[str], rounds: int) -> dict[str, list[Figures]]:
+def measure_rounds(
+    path: Path, threads: int, memory: int, cases: list[str], rounds: int
+) -> dict[str, list[Figures]]:
     """Measure the cases in turn, each in a process of its own; one that fails is named and left out.
 
     The peers take minutes, and are measured in the first round only.
@@ -152,11 +175,21 @@ def measure_rounds(path: Path, threads: int, memory: int, cases: list[str], roun
     blas = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
     for at in range(rounds):
         for name in [name for name in found if not at or not name.startswith(PEERS)]:
-            command = [sys.executable, "-m", "headwater.benchmarks.bench_analysis", "--case", name, "--run", str(path)]
+            command = [
+                sys.executable,
+                "-m",
+                "headwater.benchmarks.bench_analysis",
+                "--case",
+                name,
+                "--run",
+                str(path),
+            ]
             command += ["--threads", str(threads), "--memory", str(memory >> 20)]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | blas)
             if done.returncode:
-                print(f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr)
+                print(
+                    f"{name}: {(done.stderr.strip() or 'killed').splitlines()[-1]}", file=sys.stderr
+                )
                 del found[name]
                 continue
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -184,22 +217,34 @@ def run(path: Path, threads: int, memory: int, cases: list[str], rounds: int = 1
     rows = []
     for name, each in found.items():
         gemm = [f["flops"] / f["seconds"] / f["rate"] / threads for f in each if "flops" in f]
-        anon, mapped = (max(f.get(f"{kind}_bytes", 0) for f in each) >> 20 for kind in ("anon", "file"))
-        rows.append({
-            "case": name, "run_GB": round(n_bytes / 1e9, 2), "threads": threads, "rounds": len(each),
-            "seconds": round(statistics.median(f["seconds"] for f in each), 2),
-            "GB_per_second": round(statistics.median(rates(name, "seconds")) / 1e9, 3),
-            "of_raw_read": of_raw(name, "seconds"), "of_raw_read_cpu": of_raw(name, "cpu_seconds"),
-            "of_gemm_rate": round(statistics.median(gemm), 3) if gemm else "",
-            "peak_MB": anon, "mapped_MB": mapped, "budget_MB": memory >> 20,
-            "error": error_of(each[0], sigma, consecutive),
-        })  # fmt: skip
+        anon, mapped = (
+            max(f.get(f"{kind}_bytes", 0) for f in each) >> 20 for kind in ("anon", "file")
+        )
+        rows.append(
+            {
+                "case": name,
+                "run_GB": round(n_bytes / 1e9, 2),
+                "threads": threads,
+                "rounds": len(each),
+                "seconds": round(statistics.median(f["seconds"] for f in each), 2),
+                "GB_per_second": round(statistics.median(rates(name, "seconds")) / 1e9, 3),
+                "of_raw_read": of_raw(name, "seconds"),
+                "of_raw_read_cpu": of_raw(name, "cpu_seconds"),
+                "of_gemm_rate": round(statistics.median(gemm), 3) if gemm else "",
+                "peak_MB": anon,
+                "mapped_MB": mapped,
+                "budget_MB": memory >> 20,
+                "error": error_of(each[0], sigma, consecutive),
+            }
+        )
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, and write it to benchmarks/results with --save."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks analysis", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks analysis", description=__doc__
+    )
     parser.add_argument("--gigabytes", type=float, default=10.0, help="size of the run")
     parser.add_argument("--memory", type=int, default=1024, help="budget of every analysis, MB")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -208,7 +253,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", help="cases by name, with semicolons (default: all)")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help="where to make the run (default: a temporary folder)")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write the figures to benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     memory = options.memory << 20
     if options.case:
@@ -221,7 +268,11 @@ def main(arguments: list[str] | None = None) -> int:
         path = Path(options.run or Path(folder) / "run")
         rows = run(path, options.threads, memory, cases, options.rounds)
     for row in rows:
-        print("  ".join(f"{value}" if name == "case" else f"{name} {value}" for name, value in row.items()))
+        print(
+            "  ".join(
+                f"{value}" if name == "case" else f"{name} {value}" for name, value in row.items()
+            )
+        )
     if options.save:
         print(write_csv("analysis", rows))
     return 0

@@ -1,7 +1,8 @@
 """Extraction to disk against forward passes that capture nothing: ours, and transformers' with SDPA.
 
 Every figure is a ratio within one run. Extraction counts everything from token ids to the ledger entry: compute,
-cast, write, fsync, rename. `error` is the relative RMS error of the stored residual stream at the last depth against
+cast, write, fsync, rename. What has the loss is compared with transformers' forward with its unembedding, `head`; all
+else without it. `error` is the relative RMS error of the stored residual stream at the last depth against
 the forward in float64; float16, in which it is stored, has 2e-4 of it.
 """
 
@@ -21,21 +22,27 @@ import numpy as np
 import torch
 
 from headwater.benchmarks.measure import gemm_rate, interleave, ratio, write_csv
-from headwater.extractor.batch import make_batch
-from headwater.extractor.config import RunConfig
-from headwater.extractor.memory import capture
-from headwater.extractor.model import COMPUTE, Model, NoTap
+from headwater.extractor.in_memory import capture
+from headwater.extractor.model.batch import make_batch
+from headwater.extractor.model.forward import COMPUTE, Model, NoTap
+from headwater.extractor.model.weights import Checkpoint, load_checkpoint
+from headwater.extractor.request import RunConfig
 from headwater.extractor.run import plan_of
 from headwater.extractor.sites import PRESETS
-from headwater.extractor.text_stage import commit_text
-from headwater.extractor.weights import Checkpoint, load_checkpoint
+from headwater.extractor.text.commit import commit_text
 from headwater.extractor.worker import Worker
 from headwater.store.ledger import Ledger
 from headwater.store.reader import Run, open_run
 
 SIZES = {"tiny": (2, 4, 128, 1000), "small": (12, 12, 768, 50257), "medium": (24, 16, 1024, 50257)}
 STATISTICS = tuple(s for s in PRESETS["statistics"] if s.startswith("attn_"))
-VARIANTS = {"residual": ("resid",), "statistics": ("resid", *STATISTICS), "patterns": ("resid", "pattern")}
+VARIANTS = {
+    "residual": ("resid",),
+    "statistics": ("resid", *STATISTICS),
+    "patterns": ("resid", "pattern"),
+    "loss": ("resid", *STATISTICS, "loss"),
+}
+FORWARDS = ("transformers", "transformers, head", "plain")
 
 
 def make_model(folder: Path, size: str, n_ctx: int) -> Any:
@@ -44,7 +51,9 @@ def make_model(folder: Path, size: str, n_ctx: int) -> Any:
 
     n_layer, n_head, n_embd, vocab = SIZES[size]
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab, n_positions=n_ctx)
+    config = transformers.GPT2Config(
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab, n_positions=n_ctx
+    )
     model: Any = transformers.GPT2LMHeadModel(config)
     model.train(False)
     model.save_pretrained(folder)
@@ -56,12 +65,18 @@ def extraction(
 ) -> Callable[[], None]:
     """Return a function that extracts one block of `n` sequences and commits it."""
     config = RunConfig(
-        out=str(folder), model=str(checkpoint.name), tokens=str(ids), sites=sites, block=n, compute=compute
+        out=str(folder),
+        model=str(checkpoint.name),
+        tokens=str(ids),
+        sites=sites,
+        block=n,
+        compute=compute,
     )
     folder.mkdir()
     manifest = commit_text(config, checkpoint, folder)
     plan = plan_of(config, checkpoint, manifest)
-    worker, ledger = Worker(folder, manifest, plan, Model(checkpoint, compute)), Ledger(folder, manifest.fingerprint)
+    worker = Worker(folder, manifest, plan, Model(checkpoint, compute))
+    ledger = Ledger(folder, manifest.fingerprint)
     attempts = iter(range(1, 1000))
     return lambda: void(ledger.commit(worker.extract_block(0, next(attempts))))
 
@@ -70,22 +85,41 @@ def void(_: object) -> None:
     """Take a value and return nothing."""
 
 
-def flops_per_token(checkpoint: Checkpoint, seq_len: int) -> float:
+def flops_per_token(checkpoint: Checkpoint, seq_len: int, head: bool) -> float:
     """Return the floating-point operations of the forward pass a token, causal attention counted once."""
     c = checkpoint.config
     weights = c.n_layer * (4 * c.d_model * c.d_model + 2 * c.d_model * c.d_mlp)
+    weights += c.d_model * c.d_vocab if head else 0
     return 2 * weights + c.n_layer * 2 * c.d_model * (seq_len + 1)
 
 
-def peak_memory(model: Path, ids: Path, out: Path, sites: tuple[str, ...], n: int, compute: str) -> tuple[int, int]:
+def peak_memory(
+    model: Path, ids: Path, out: Path, sites: tuple[str, ...], n: int, compute: str
+) -> tuple[int, int]:
     """Return the peak resident bytes of a real `headwater extract`, and what its plan projected."""
-    flags = ["--model", str(model), "--tokens", str(ids), "--sites", ",".join(sites), "--block", str(n),
-             "--compute", compute, "--out", str(out)]  # fmt: skip
-    command = [sys.executable, "-m", "headwater.cli"]
-    plan = subprocess.run([*command, "plan", *flags, "--json"], check=True, capture_output=True, text=True).stdout
-    code = "import sys; from headwater.benchmarks.measure import peak_bytes; from headwater.cli import main; "
+    flags = [
+        "--model",
+        str(model),
+        "--tokens",
+        str(ids),
+        "--sites",
+        ",".join(sites),
+        "--block",
+        str(n),
+        "--compute",
+        compute,
+        "--out",
+        str(out),
+    ]
+    command = [sys.executable, "-m", "headwater"]
+    plan = subprocess.run(
+        [*command, "plan", *flags, "--json"], check=True, capture_output=True, text=True
+    ).stdout
+    code = "import sys; from headwater.benchmarks.measure import peak_bytes; from headwater.cli.entry import main; "
     code += "assert main(sys.argv[1:]) == 0; print(peak_bytes())"
-    done = subprocess.run([sys.executable, "-c", code, "extract", *flags], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "extract", *flags], check=True, capture_output=True, text=True
+    )
     return int(done.stdout.split()[-1]), int(json.loads(plan)["host_bytes"])
 
 
@@ -98,44 +132,68 @@ def stored_error(run: Run, checkpoint: Checkpoint) -> float:
     return float(np.sqrt((wrong**2).mean() / (right**2).mean()))
 
 
-def run(size: str, seq_len: int, n: int, rounds: int, folder: Path, compute: str = "fp32") -> list[dict[str, Any]]:
+def run(
+    size: str, seq_len: int, n: int, rounds: int, folder: Path, compute: str = "fp32"
+) -> list[dict[str, Any]]:
     """Measure everything in `folder` and return the rows of the results."""
-    hf = make_model(folder / "model", size, seq_len).transformer.to(COMPUTE[compute])
+    with_head = make_model(folder / "model", size, seq_len).to(COMPUTE[compute])
     checkpoint = load_checkpoint(str(folder / "model"))
-    ids = np.random.default_rng(0).integers(0, checkpoint.config.d_vocab, (n, seq_len), dtype=np.int32)
+    ids = np.random.default_rng(0).integers(
+        0, checkpoint.config.d_vocab, (n, seq_len), dtype=np.int32
+    )
     np.save(folder / "ids.npy", ids)
     model = Model(checkpoint, compute)
     micro = max(2048 // seq_len, 1)
-    batches = [make_batch(ids[i : i + micro], np.zeros_like(ids[i : i + micro])) for i in range(0, n, micro)]
+    batches = [
+        make_batch(ids[i : i + micro], np.zeros_like(ids[i : i + micro]))
+        for i in range(0, n, micro)
+    ]
 
-    def transformers_forward() -> None:
+    def transformers_forward(hf: Any) -> None:
         with torch.inference_mode():
             for i in range(0, n, micro):
                 hf(torch.from_numpy(ids[i : i + micro]).long(), use_cache=False)
 
     cases: dict[str, Callable[[], Any]] = {
-        "transformers": transformers_forward,
+        "transformers": lambda: transformers_forward(with_head.transformer),
+        "transformers, head": lambda: transformers_forward(with_head),
         "plain": lambda: [model.run(batch, NoTap()) for batch in batches],
     }
     for name, sites in VARIANTS.items():
         cases[name] = extraction(folder / name, checkpoint, folder / "ids.npy", sites, n, compute)
     seconds = interleave(cases, rounds)
-    limit = gemm_rate(micro * seq_len, checkpoint.config.d_model, checkpoint.config.d_mlp, COMPUTE[compute])
+    limit = gemm_rate(
+        micro * seq_len, checkpoint.config.d_model, checkpoint.config.d_mlp, COMPUTE[compute]
+    )
     rows: list[dict[str, Any]] = []
     for name in cases:
         best = min(seconds[name])
+        head = name in ("loss", "transformers, head")
+        against = "transformers, head" if head else "transformers"
         row = {
-            "model": size, "compute": compute, "seq_len": seq_len, "sequences": n, "rounds": rounds, "case": name,
+            "model": size,
+            "compute": compute,
+            "seq_len": seq_len,
+            "sequences": n,
+            "rounds": rounds,
+            "case": name,
             "tokens_per_second": round(n * seq_len / best, 1),
-            "x_transformers": round(ratio(seconds, name, "transformers"), 3),
+            "against": against,
+            "x_transformers": round(ratio(seconds, name, against), 3),
             "x_plain": round(ratio(seconds, name, "plain"), 3),
-            "of_gemm_rate": round(flops_per_token(checkpoint, seq_len) * n * seq_len / best / limit, 3),
-            "error": "", "peak_MB": "", "projected_MB": "",
-        }  # fmt: skip
+            "of_gemm_rate": round(
+                flops_per_token(checkpoint, seq_len, head) * n * seq_len / best / limit, 3
+            ),
+            "error": "",
+            "peak_MB": "",
+            "projected_MB": "",
+        }
         if name in VARIANTS:
             row["error"] = f"{stored_error(open_run(folder / name), checkpoint):.1e}"
             memory = folder / f"{name}-memory"
-            used, projected = peak_memory(folder / "model", folder / "ids.npy", memory, VARIANTS[name], n, compute)
+            used, projected = peak_memory(
+                folder / "model", folder / "ids.npy", memory, VARIANTS[name], n, compute
+            )
             row |= {"peak_MB": used >> 20, "projected_MB": projected >> 20}
             shutil.rmtree(memory)
         rows.append(row)
@@ -144,23 +202,45 @@ def run(size: str, seq_len: int, n: int, rounds: int, folder: Path, compute: str
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, and write it to benchmarks/results with --save."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks extract", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks extract", description=__doc__
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="of ours and of transformers'")
+    parser.add_argument(
+        "--compute", choices=("fp32", "bf16"), default="fp32", help="of ours and of transformers'"
+    )
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=16, help="one block; a power of two")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to write the runs (default: a temporary folder)")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write the figures to benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        rows = run(options.size, options.seq_len, options.sequences, options.rounds, Path(folder), options.compute)
-    head = ("case", "tokens/s", "× transformers", "× plain", "of GEMM rate", "error", "peak", "projected")
-    print("{:14}{:>10}{:>16}{:>9}{:>14}{:>10}{:>9}{:>11}".format(*head))
+        rows = run(
+            options.size,
+            options.seq_len,
+            options.sequences,
+            options.rounds,
+            Path(folder),
+            options.compute,
+        )
+    head = (
+        "case",
+        "tokens/s",
+        "× transformers",
+        "× plain",
+        "of GEMM rate",
+        "error",
+        "peak",
+        "projected",
+    )
+    print("{:18}{:>10}{:>16}{:>9}{:>14}{:>10}{:>9}{:>11}".format(*head))
     for r in rows:
         memory = f"{r['peak_MB']:>6} MB{r['projected_MB']:>8} MB" if r["peak_MB"] != "" else ""
         speeds = f"{r['tokens_per_second']:>10}{r['x_transformers']:>16}{r['x_plain']:>9}{r['of_gemm_rate']:>14}"
-        print(f"{r['case']:14}{speeds}{r['error']:>10}{memory}")
+        print(f"{r['case']:18}{speeds}{r['error']:>10}{memory}")
     if options.save:
         print(write_csv("extract", rows, keys=("compute",)))
     return 0

@@ -19,39 +19,62 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwater.benchmarks.bench_extract import SIZES, STATISTICS, flops_per_token, make_model, stored_error
+from headwater.benchmarks.bench_extract import (
+    SIZES,
+    STATISTICS,
+    flops_per_token,
+    make_model,
+    stored_error,
+)
 from headwater.benchmarks.measure import gemm_rate, interleave, ratio, synchronize, timed, write_csv
-from headwater.extractor.batch import make_batch
-from headwater.extractor.config import RunConfig
-from headwater.extractor.kernel_model import KernelModel
 from headwater.extractor.limits import device_bytes
-from headwater.extractor.model import COMPUTE, NoTap
+from headwater.extractor.model.batch import make_batch
+from headwater.extractor.model.forward import COMPUTE, NoTap
+from headwater.extractor.model.forward_device import KernelModel
+from headwater.extractor.model.weights import Checkpoint, load_checkpoint
 from headwater.extractor.plan import GPU_MICRO_TOKENS, Plan
+from headwater.extractor.request import RunConfig
 from headwater.extractor.run import plan_of
-from headwater.extractor.text_stage import commit_text
-from headwater.extractor.weights import Checkpoint, load_checkpoint
+from headwater.extractor.text.commit import commit_text
 from headwater.extractor.worker import Worker
 from headwater.store.layout import tile_edge
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.reader import open_run
 
-VARIANTS = {"residual": ("resid",), "statistics": STATISTICS, "residual + statistics": ("resid", *STATISTICS),
-            "residual + patterns": ("resid", "pattern")}
+VARIANTS = {
+    "residual": ("resid",),
+    "statistics": STATISTICS,
+    "residual + statistics": ("resid", *STATISTICS),
+    "residual + patterns": ("resid", "pattern"),
+}
 KEYS = ("model", "compute", "seq_len", "sequences", "folder", "case")
-LINK_BYTES, DISK_BYTES = 256 << 20, 1 << 30
+LINK_BYTES = 256 << 20
+DISK_BYTES = 1 << 30
 
 
 class Extraction:
     """One block of a run, extracted again at every call."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, ids: Path, sites: tuple[str, ...], options: Any) -> None:
-        self.config = RunConfig(out=str(folder), model=checkpoint.name, tokens=str(ids), sites=sites,
-                                block=options.sequences, compute=options.compute, device=options.device)
+    def __init__(
+        self, folder: Path, checkpoint: Checkpoint, ids: Path, sites: tuple[str, ...], options: Any
+    ) -> None:
+        self.config = RunConfig(
+            out=str(folder),
+            model=checkpoint.name,
+            tokens=str(ids),
+            sites=sites,
+            block=options.sequences,
+            compute=options.compute,
+            device=options.device,
+        )
         folder.mkdir()
         manifest = commit_text(self.config, checkpoint, folder)
         self.plan: Plan = plan_of(self.config, checkpoint, manifest)
         model = KernelModel(checkpoint, options.compute, options.device)
-        self._worker, self._ledger = Worker(folder, manifest, self.plan, model), Ledger(folder, manifest.fingerprint)
+        self._worker, self._ledger = (
+            Worker(folder, manifest, self.plan, model),
+            Ledger(folder, manifest.fingerprint),
+        )
         self.entries: list[Entry] = []
 
     def __call__(self) -> None:
@@ -62,8 +85,12 @@ class Extraction:
     def describe(self) -> dict[str, Any]:
         """Return what a block holds and where its seconds went, medians over the calls."""
         names = ("compute", "wait", "copy", "encode", "write", "finish")
-        return {"MB": sum(self.plan.array_bytes().values()) >> 20} | {f"{name}_s": round(statistics.median(
-            entry.seconds.get(name, 0.0) for entry in self.entries), 3) for name in names}
+        return {"MB": sum(self.plan.array_bytes().values()) >> 20} | {
+            f"{name}_s": round(
+                statistics.median(entry.seconds.get(name, 0.0) for entry in self.entries), 3
+            )
+            for name in names
+        }
 
 
 def eager_to_disk(model: Any, batches: list[torch.Tensor], folder: Path) -> Callable[[], None]:
@@ -115,18 +142,29 @@ def disk_rate(folder: Path) -> float:
 
 def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Measure everything in `folder` and return the rows of the results."""
-    device, compute, n, length = options.device, options.compute, options.sequences, options.seq_len
+    device = options.device
+    compute = options.compute
+    n = options.sequences
+    length = options.seq_len
     made = make_model(folder / "model", options.size, length).transformer
     sdpa = made.to(device, COMPUTE[compute])
     checkpoint = load_checkpoint(str(folder / "model"))
-    ids = np.random.default_rng(0).integers(0, checkpoint.config.d_vocab, (n, length), dtype=np.int32)
+    ids = np.random.default_rng(0).integers(
+        0, checkpoint.config.d_vocab, (n, length), dtype=np.int32
+    )
     np.save(folder / "ids.npy", ids)
-    captures = {name: Extraction(folder / name, checkpoint, folder / "ids.npy", sites, options)
-                for name, sites in VARIANTS.items() if name in options.cases}
+    captures = {
+        name: Extraction(folder / name, checkpoint, folder / "ids.npy", sites, options)
+        for name, sites in VARIANTS.items()
+        if name in options.cases
+    }
     micro = max(options.micro // length, 1)
     parts = [ids[i : i + micro] for i in range(0, n, micro)]
-    model, edge = KernelModel(checkpoint, compute, device), tile_edge(length)
-    batches = [make_batch(part, np.zeros_like(part), edge).to(torch.device(device)) for part in parts]
+    model = KernelModel(checkpoint, compute, device)
+    edge = tile_edge(length)
+    batches = [
+        make_batch(part, np.zeros_like(part), edge).to(torch.device(device)) for part in parts
+    ]
     tokens = [torch.from_numpy(part).long().to(device) for part in parts]
 
     def transformers_forward() -> None:
@@ -140,18 +178,32 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             model.run(batch, NoTap())
         synchronize(device)
 
-    cases: dict[str, Callable[[], Any]] = {"transformers": transformers_forward, "plain": plain, **captures}
+    cases: dict[str, Callable[[], Any]] = {
+        "transformers": transformers_forward,
+        "plain": plain,
+        **captures,
+    }
     if options.eager:
-        eager = type(made).from_pretrained(folder / "model", attn_implementation="eager").to(device, COMPUTE[compute])
+        eager = (
+            type(made)
+            .from_pretrained(folder / "model", attn_implementation="eager")
+            .to(device, COMPUTE[compute])
+        )
         cases["transformers eager"] = eager_to_disk(eager.train(False), tokens, folder / "eager")
     seconds = interleave({name: told(name, case) for name, case in cases.items()}, options.rounds)
     limits = {
-        "gemm_TFLOPS": gemm_rate(micro * length, checkpoint.config.d_model, checkpoint.config.d_mlp, COMPUTE[compute],
-                                 device=device) / 1e12,
+        "gemm_TFLOPS": gemm_rate(
+            micro * length,
+            checkpoint.config.d_model,
+            checkpoint.config.d_mlp,
+            COMPUTE[compute],
+            device=device,
+        )
+        / 1e12,
         "link_GB_s": link_rate(device) / 1e9,
         "disk_GB_s": disk_rate(folder) / 1e9,
     }
-    per_token = flops_per_token(checkpoint, length)
+    per_token = flops_per_token(checkpoint, length, head=False)
     rows = []
     for name in cases:
         capture = captures.get(name)
@@ -165,21 +217,37 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def line(
-    options: argparse.Namespace, name: str, seconds: Mapping[str, list[float]], capture: Extraction | None,
-    per_token: float, limits: Mapping[str, float],
+    options: argparse.Namespace,
+    name: str,
+    seconds: Mapping[str, list[float]],
+    capture: Extraction | None,
+    per_token: float,
+    limits: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return one row: speed, ratios, shares of the limits and where the time went."""
     rate = options.sequences * options.seq_len / statistics.median(seconds[name])
-    row = {"model": options.size, "compute": options.compute, "seq_len": options.seq_len,
-           "sequences": options.sequences, "rounds": options.rounds,
-           "folder": options.folder or tempfile.gettempdir(), "case": name, "tokens_per_second": round(rate),
-           "x_transformers": round(ratio(seconds, name, "transformers"), 3),
-           "x_plain": round(ratio(seconds, name, "plain"), 3),
-           "of_gemm_rate": round(rate * per_token / limits["gemm_TFLOPS"] / 1e12, 3),
-           "of_link": "", "of_disk": "", **{name: round(value, 2) for name, value in limits.items()}}  # fmt: skip
+    row = {
+        "model": options.size,
+        "compute": options.compute,
+        "seq_len": options.seq_len,
+        "sequences": options.sequences,
+        "rounds": options.rounds,
+        "folder": options.folder or tempfile.gettempdir(),
+        "case": name,
+        "tokens_per_second": round(rate),
+        "x_transformers": round(ratio(seconds, name, "transformers"), 3),
+        "x_plain": round(ratio(seconds, name, "plain"), 3),
+        "of_gemm_rate": round(rate * per_token / limits["gemm_TFLOPS"] / 1e12, 3),
+        "of_link": "",
+        "of_disk": "",
+        **{name: round(value, 2) for name, value in limits.items()},
+    }
     if capture is not None:
         speed = sum(capture.plan.array_bytes().values()) / 1e9 / statistics.median(seconds[name])
-        row |= {"of_link": round(speed / limits["link_GB_s"], 3), "of_disk": round(speed / limits["disk_GB_s"], 3)}
+        row |= {
+            "of_link": round(speed / limits["link_GB_s"], 3),
+            "of_disk": round(speed / limits["disk_GB_s"], 3),
+        }
         row |= capture.describe()
     return row
 
@@ -191,37 +259,74 @@ def tell_memory(capture: Extraction, device: str) -> dict[str, int]:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     capture()
-    return {"device_MB": (torch.cuda.max_memory_allocated(device) - before) >> 20,
-            "projected_device_MB": device_bytes(capture.config, capture.plan) >> 20}
+    return {
+        "device_MB": (torch.cuda.max_memory_allocated(device) - before) >> 20,
+        "projected_device_MB": device_bytes(capture.config, capture.plan) >> 20,
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, and write it to benchmarks/results with --save."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks gpu", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to test this program (default: cuda)")
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cuda, or cpu to test this program (default: cuda)"
+    )
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--compute", choices=("fp32", "bf16", "fp16"), default="fp16")
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--sequences", type=int, default=64, help="one block; a power of two")
-    parser.add_argument("--micro", type=int, default=GPU_MICRO_TOKENS, help="tokens of a batch of the plain forwards")
+    parser.add_argument(
+        "--micro",
+        type=int,
+        default=GPU_MICRO_TOKENS,
+        help="tokens of a batch of the plain forwards",
+    )
     parser.add_argument("--cases", type=lambda text: text.split(","), default=list(VARIANTS))
-    parser.add_argument("--eager", action="store_true", help="transformers' eager attention to disk, too")
+    parser.add_argument(
+        "--eager", action="store_true", help="transformers' eager attention to disk, too"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where to write the runs (default: a temporary folder)")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write the figures to benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     if options.device != "cpu" and not torch.cuda.is_available():
-        print("No CUDA device here, so nothing can be timed; --device cpu tests this program.", file=sys.stderr)
+        print(
+            "No CUDA device here, so nothing can be timed; --device cpu tests this program.",
+            file=sys.stderr,
+        )
         return 1
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = run(options, Path(folder))
-    head = ("case", "tokens_per_second", "x_transformers", "x_plain", "of_gemm_rate", "of_link", "of_disk", "MB",
-            "compute_s", "wait_s", "copy_s", "encode_s", "finish_s", "device_MB", "projected_device_MB", "error")
+    head = (
+        "case",
+        "tokens_per_second",
+        "x_transformers",
+        "x_plain",
+        "of_gemm_rate",
+        "of_link",
+        "of_disk",
+        "MB",
+        "compute_s",
+        "wait_s",
+        "copy_s",
+        "encode_s",
+        "finish_s",
+        "device_MB",
+        "projected_device_MB",
+        "error",
+    )
     print(" ".join(f"{name[:12]:>{24 if name == 'case' else 12}}" for name in head))
     for row in rows:
         print(" ".join(f"{row.get(name, '')!s:>{24 if name == 'case' else 12}}" for name in head))
-    print(f"limits: {rows[0]['gemm_TFLOPS']} TFLOP/s, link {rows[0]['link_GB_s']}, disk {rows[0]['disk_GB_s']} GB/s")
+    print(
+        f"limits: {rows[0]['gemm_TFLOPS']} TFLOP/s, link {rows[0]['link_GB_s']}, disk {rows[0]['disk_GB_s']} GB/s"
+    )
     if options.save:
         print(write_csv("gpu", rows, keys=KEYS, device=options.device))
     return 0

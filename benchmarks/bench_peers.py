@@ -42,8 +42,14 @@ READS = 48
 class Case:
     """One peer at one workload: its process, its seconds, what it left on disk."""
 
-    def __init__(self, process: PeerProcess, work: Workload, inputs: Inputs, out: Path, batch: int) -> None:
-        self.process, self.work, self.inputs, self.out, self.batch = process, work, inputs, out, batch
+    def __init__(
+        self, process: PeerProcess, work: Workload, inputs: Inputs, out: Path, batch: int
+    ) -> None:
+        self.process = process
+        self.work = work
+        self.inputs = inputs
+        self.out = out
+        self.batch = batch
         self.paced = process.peer is HEADWATER
         self.seconds: list[float] = []
         self.unsynced: list[float] = []
@@ -53,8 +59,12 @@ class Case:
 
     def begin(self, function: str, warm: bool = True) -> float:
         """Tell the process what to capture and let it capture once, uncounted; return the seconds."""
-        tokens, batch = (self.inputs.repeated, self.work.n) if self.paced else (self.inputs.ids, self.batch)
-        self.row |= self.process.ask("begin", workload=function, tokens=str(tokens), out=str(self.out), batch=batch)
+        tokens, batch = (
+            (self.inputs.repeated, self.work.n) if self.paced else (self.inputs.ids, self.batch)
+        )
+        self.row |= self.process.ask(
+            "begin", workload=function, tokens=str(tokens), out=str(self.out), batch=batch
+        )
         return self.step(timed=False) if warm else 0.0
 
     def step(self, timed: bool = True) -> float:
@@ -83,7 +93,8 @@ class Case:
 
     def finish(self) -> dict[str, Any]:
         """Return the row of this case."""
-        seconds, ratio = statistics.median(self.seconds), statistics.median(self.ratios)
+        seconds = statistics.median(self.seconds)
+        ratio = statistics.median(self.ratios)
         return {
             **self.row,
             "case": self.process.peer.name,
@@ -112,10 +123,13 @@ def start_all(
     stack: ExitStack,
 ) -> tuple[list[PeerProcess], dict[str, str]]:
     """Start a process for every peer and load the model in all of them; return them, and why others are missing."""
-    processes, missing = [], dict[str, str]()
+    processes = []
+    missing = dict[str, str]()
     for peer in peers:
         try:
-            process = PeerProcess(peer, python_of(peer, cache, install=False), folder / f"{peer.driver}.log", keep)
+            process = PeerProcess(
+                peer, python_of(peer, cache, install=False), folder / f"{peer.driver}.log", keep
+            )
         except PeerMissing as error:
             missing[peer.name] = str(error)
             continue
@@ -133,7 +147,12 @@ def start_all(
 
 
 def measure_workload(
-    name: str, processes: Sequence[PeerProcess], inputs: Inputs, work: Workload, rounds: tuple[int, int], folder: Path
+    name: str,
+    processes: Sequence[PeerProcess],
+    inputs: Inputs,
+    work: Workload,
+    rounds: tuple[int, int],
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """Warm up, check and time every process at one workload; return the rows.
 
@@ -180,7 +199,8 @@ def measure_workload(
 
 def best_batch(plain: Case) -> int:
     """Return the batch at which the plain forward is faster: the measure of all ratios is at its best."""
-    seconds, usual = {}, plain.batch
+    seconds = {}
+    usual = plain.batch
     for batch in (usual, 1, usual):  # the first pass only warms up
         plain.batch = batch
         seconds[batch] = plain.begin("plain")
@@ -196,44 +216,76 @@ def spread(values: Sequence[float]) -> float:
 
 
 def iter_tables(
-    workloads: dict[str, Workload], size: str, rounds: tuple[int, int], cache: Path, folder: Path,
-    peers: Sequence[Peer] = PEERS, keep: bool = False,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:  # fmt: skip
+    workloads: dict[str, Workload],
+    size: str,
+    rounds: tuple[int, int],
+    cache: Path,
+    folder: Path,
+    peers: Sequence[Peer] = PEERS,
+    keep: bool = False,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Measure one workload after another, then the machine; yield ("peers", rows) for each, then ("limits", rows)."""
     inputs = {name: prepare(work, size, rounds[0] + 2, cache) for name, work in workloads.items()}
     functions = sorted({"plain", *(work.function for work in workloads.values())})
     memory = "kept" if keep else "default"
     with ExitStack() as stack:
         model = next(iter(inputs.values())).model
-        processes, missing = start_all((PLAIN, *peers), model, functions, cache, folder, keep, stack)
+        processes, missing = start_all(
+            (PLAIN, *peers), model, functions, cache, folder, keep, stack
+        )
         versions = {p.peer.name: version_of(p.peer, python_of(p.peer, cache)) for p in processes}
         storage = {peer.name: peer.storage for peer in (PLAIN, *peers)}
         for name, work in workloads.items():
             rows = measure_workload(name, processes, inputs[name], work, rounds, folder)
             rows += [{"case": peer, "problem": reason} for peer, reason in missing.items()]
-            common = {"workload": name, "memory": memory, "model": size, "seq_len": work.seq_len,
-                      "sequences": work.n, "load": round(os.getloadavg()[0], 1)}  # fmt: skip
-            yield "peers", [
-                common
-                | {"version": versions.get(row["case"], ""), "storage": storage[row["case"]]}
-                | dict.fromkeys(COLUMNS, "")
-                | row
-                for row in rows
-            ]
-    yield "limits", [{"workload": "+".join(workloads), "memory": memory, **limit} for limit in limits(folder)]
+            common = {
+                "workload": name,
+                "memory": memory,
+                "model": size,
+                "seq_len": work.seq_len,
+                "sequences": work.n,
+                "load": round(os.getloadavg()[0], 1),
+            }
+            yield (
+                "peers",
+                [
+                    common
+                    | {"version": versions.get(row["case"], ""), "storage": storage[row["case"]]}
+                    | dict.fromkeys(COLUMNS, "")
+                    | row
+                    for row in rows
+                ],
+            )
+    yield (
+        "limits",
+        [{"workload": "+".join(workloads), "memory": memory, **limit} for limit in limits(folder)],
+    )
 
 
 COLUMNS = (
-    "case", "rounds", "tokens_per_second", "x_plain", "spread", "x_plain_without_fsync", "batch", "peak_MB",
-    "MB_on_disk", "read_ms", "lines", "values_checked", "problem",
-)  # fmt: skip
+    "case",
+    "rounds",
+    "tokens_per_second",
+    "x_plain",
+    "spread",
+    "x_plain_without_fsync",
+    "batch",
+    "peak_MB",
+    "MB_on_disk",
+    "read_ms",
+    "lines",
+    "values_checked",
+    "problem",
+)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print rows as a table."""
     for row in rows:
         if row["case"] == "plain":
-            print(f"\n{row['workload']}: T = {row['seq_len']}, {row['sequences']} sequences, memory {row['memory']}")
+            print(
+                f"\n{row['workload']}: T = {row['seq_len']}, {row['sequences']} sequences, memory {row['memory']}"
+            )
             heads = ("tokens/s", "× plain", "no fsync", "peak MB", "MB", "read ms", "lines")
             print("{:16}{:>10}{:>9}{:>10}{:>9}{:>9}{:>9}{:>7}".format("", *heads))
         if row["problem"]:
@@ -254,29 +306,50 @@ def show_limits(rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables, and write them to benchmarks/results with --save."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks peers", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks peers", description=__doc__
+    )
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=list(WORKLOADS))
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sequences", type=int, help="of 1024 tokens, or as many tokens in shorter ones (default 4)")
-    parser.add_argument("--peer-rounds", type=int, help="fewer rounds for the peers (default: as many)")
-    parser.add_argument("--peers", nargs="+", choices=[p.name for p in PEERS], default=[p.name for p in PEERS])
     parser.add_argument(
-        "--keep-memory", action="store_true", help="let every process keep the memory it frees (MALLOC_)"
+        "--sequences",
+        type=int,
+        help="of 1024 tokens, or as many tokens in shorter ones (default 4)",
     )
-    parser.add_argument("--prepare", action="store_true", help="only make environments, models and references")
     parser.add_argument(
-        "--cache", help="where environments and models are kept (default ~/.cache/headwater-benchmarks)"
+        "--peer-rounds", type=int, help="fewer rounds for the peers (default: as many)"
     )
-    parser.add_argument("--folder", help="where to write what is captured (default: a temporary folder)")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument(
+        "--peers", nargs="+", choices=[p.name for p in PEERS], default=[p.name for p in PEERS]
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="let every process keep the memory it frees (MALLOC_)",
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="only make environments, models and references"
+    )
+    parser.add_argument(
+        "--cache",
+        help="where environments and models are kept (default ~/.cache/headwater-benchmarks)",
+    )
+    parser.add_argument(
+        "--folder", help="where to write what is captured (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="write the figures to benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     cache = cache_folder(options.cache)
     rounds = options.rounds, min(options.peer_rounds or options.rounds, options.rounds)
     chosen = [peer for peer in PEERS if peer.name in options.peers]
     workloads = {name: WORKLOADS[name] for name in options.workload}
     if options.sequences is not None:
-        workloads = {n: replace(w, n=options.sequences * 1024 // w.seq_len) for n, w in workloads.items()}
+        workloads = {
+            n: replace(w, n=options.sequences * 1024 // w.seq_len) for n, w in workloads.items()
+        }
     for peer in chosen:
         try:
             python_of(peer, cache)
@@ -287,7 +360,9 @@ def main(arguments: list[str] | None = None) -> int:
             prepare(work, options.size, options.rounds + 2, cache)
         return 0
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        tables = iter_tables(workloads, options.size, rounds, cache, Path(folder), chosen, options.keep_memory)
+        tables = iter_tables(
+            workloads, options.size, rounds, cache, Path(folder), chosen, options.keep_memory
+        )
         for table, rows in tables:
             show(rows) if table == "peers" else show_limits(rows)
             if options.save:

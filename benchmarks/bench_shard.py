@@ -22,7 +22,9 @@ def run(megabytes: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
     """Write one shard of `megabytes` in every way, with its fsync; return the rows of the results."""
     n = max(megabytes // 2, 2)
     sizes = {"sequence": n, "position": 1024, "d_model": 1024}
-    spec = make_spec("resid", ("sequence", "position", "d_model"), sizes, "float16", "none", np.nan, n, {})
+    spec = make_spec(
+        "resid", ("sequence", "position", "d_model"), sizes, "float16", "none", np.nan, n, {}
+    )
     rng = np.random.default_rng(0)
     slab = Slab.make(1, spec.chunk_bytes)
     chunk = slab.chunks("float16", spec.chunk)
@@ -42,6 +44,7 @@ def run(megabytes: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
         return write
 
     def ours() -> None:
+        (folder / "ours").unlink(missing_ok=True)
         writer = ShardWriter(folder / "ours", spec.grid)
         for index in np.ndindex(*spec.grid):
             writer.put_pages([index], pages, spec.chunk_bytes)
@@ -104,17 +107,23 @@ def _sync(folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, and write it to benchmarks/results with --save."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks shard", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks shard", description=__doc__
+    )
     parser.add_argument("--megabytes", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--folder", help="where to write (default: a temporary folder)")
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write the figures to benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = run(options.megabytes, options.rounds, Path(folder))
     print(f"{'case':22}{'MB/s':>8}{'× raw O_DIRECT':>17}{'× raw buffered':>17}")
     for r in rows:
-        print(f"{r['case']:22}{r['MB_per_second']:>8}{r['x_raw_direct']:>17}{r['x_raw_buffered']:>17}")
+        print(
+            f"{r['case']:22}{r['MB_per_second']:>8}{r['x_raw_direct']:>17}{r['x_raw_buffered']:>17}"
+        )
     if options.save:
         print(write_csv("shard", rows))
     return 0

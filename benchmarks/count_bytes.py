@@ -21,15 +21,17 @@ import torch
 from triton.runtime import interpreter
 
 from headwater.benchmarks.kernels_static import NEEDS_POINTERS, SQUARE, minimum
-from headwater.kernels.attention_pattern import plan_pattern
-from headwater.kernels.attention_statistics import plan_statistics
-from headwater.kernels.column_mass import plan_column_mass
-from headwater.kernels.launch import lookup
-from headwater.kernels.program import Launch
-from headwater.kernels.residual_tap import plan_residual
+from headwater.kernels.gpu.column_mass import plan_column_mass
+from headwater.kernels.gpu.launch import lookup
+from headwater.kernels.gpu.pattern import plan_pattern
+from headwater.kernels.gpu.program import Launch
+from headwater.kernels.gpu.residual import plan_residual
+from headwater.kernels.gpu.row_statistics import plan_statistics
 
 SECTOR = 32
-N_POSITIONS, N_HEAD, EDGE = 256, 2, 128
+N_POSITIONS = 256
+N_HEAD = 2
+EDGE = 128
 RESIDUAL_ROWS = 64
 
 
@@ -81,37 +83,70 @@ def _sectors(pointers, mask) -> np.ndarray:
     return np.unique(np.concatenate([first // SECTOR, (first + size - 1) // SECTOR]))
 
 
-def make_launch(kernel: str, arch: str, d_head: int, dtype: torch.dtype, square: bool = False,
-                n_positions: int = N_POSITIONS, pointers: bool = False) -> Launch:
+def make_launch(
+    kernel: str,
+    arch: str,
+    d_head: int,
+    dtype: torch.dtype,
+    square: bool = False,
+    n_positions: int = N_POSITIONS,
+    pointers: bool = False,
+) -> Launch:
     """Prepare a launch of GPT-2's layout on real tensors; `d_head` is d_model in the residual kernel."""
     config = lookup(kernel, arch, d_head, 32 if dtype == torch.float32 else 16)
     config = replace(config, tma=config.tma and not pointers)
     make = torch.Generator().manual_seed(0)
     if kernel == "residual":
-        x, delta, previous, w, b = (torch.randn(n, d_head, generator=make).to(dtype)
-                                    for n in (RESIDUAL_ROWS, RESIDUAL_ROWS, RESIDUAL_ROWS, 1, 1))
-        return plan_residual(x, delta, w[0], b[0], epsilon=1e-5, previous=previous, out=torch.empty_like(x),
-                             slot=torch.empty_like(x, dtype=torch.float16), config=config)
+        x, delta, previous, w, b = (
+            torch.randn(n, d_head, generator=make).to(dtype)
+            for n in (RESIDUAL_ROWS, RESIDUAL_ROWS, RESIDUAL_ROWS, 1, 1)
+        )
+        return plan_residual(
+            x,
+            delta,
+            w[0],
+            b[0],
+            epsilon=1e-5,
+            previous=previous,
+            out=torch.empty_like(x),
+            slot=torch.empty_like(x, dtype=torch.float16),
+            config=config,
+        )
     fused = torch.randn(1, n_positions, 3, N_HEAD, d_head, generator=make).to(dtype)
     q, k, v = fused.unbind(2)
     start = torch.zeros(1, n_positions, dtype=torch.int32)
     if kernel == "pattern":
         kept = torch.float32 if dtype == torch.float32 else torch.float16
         edge = -1 if square else EDGE
-        return plan_pattern(q, k, v, scale=0.125, row_start=start, edge=edge, pattern_dtype=kept, config=config)
+        return plan_pattern(
+            q, k, v, scale=0.125, row_start=start, edge=edge, pattern_dtype=kept, config=config
+        )
     if kernel == "column":
         lse = torch.zeros(1, N_HEAD, n_positions)
         return plan_column_mass(q, k, lse, scale=0.125, row_start=start, config=config)
-    return plan_statistics(q, k, v, scale=0.125, row_start=start, statistics=kernel == "statistics", features=None,
-                           config=config)
+    return plan_statistics(
+        q,
+        k,
+        v,
+        scale=0.125,
+        row_start=start,
+        statistics=kernel == "statistics",
+        features=None,
+        config=config,
+    )
 
 
 def count(launch: Launch) -> dict[str, int]:
     """Run a launch under the interpreter and return the bytes that it moves."""
     with Counter() as counter:
         launch.run()
-    return {"read": counter.read, "written": counter.written, "l2_read": counter.l2_read,
-            "moved": counter.read + counter.written, "minimum": minimum(launch)}
+    return {
+        "read": counter.read,
+        "written": counter.written,
+        "l2_read": counter.l2_read,
+        "moved": counter.read + counter.written,
+        "minimum": minimum(launch),
+    }
 
 
 def main() -> int:
@@ -120,8 +155,14 @@ def main() -> int:
 
     for line in sys.stdin:
         kernel, arch, d_head, dtype, variant = json.loads(line)
-        launch = make_launch(kernel, arch, d_head, getattr(torch, dtype), variant == SQUARE,
-                             pointers=variant in NEEDS_POINTERS)
+        launch = make_launch(
+            kernel,
+            arch,
+            d_head,
+            getattr(torch, dtype),
+            variant == SQUARE,
+            pointers=variant in NEEDS_POINTERS,
+        )
         if variant in VARIANTS.get(kernel, {}):
             launch = vary(launch, kernel, variant)
         with np.errstate(all="ignore"):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from headwater.benchmarks import faults, power
-from headwater.extractor.config import RunConfig
+from headwater.extractor.request import RunConfig
 from headwater.extractor.run import extract
 from headwater.store.manifest import RunError
 
@@ -32,12 +32,26 @@ LIBRARY_HANDLES = 4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials and print what they found; return 1 if any went wrong."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks.crash", description=__doc__.split("\n")[0])
-    parser.add_argument("--stride", type=int, default=1, metavar="N", help="try every N-th operation (default 1)")
-    parser.add_argument("--preset", metavar="P", help="capture a preset (default: five sites of every kind)")
-    parser.add_argument("--power", action="store_true", help="lose power instead of ending the process")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="trials at once (default 2)")
-    parser.add_argument("--folder", metavar="DIR", help="where to work (default /dev/shm or the temporary directory)")
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks.crash", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="try every N-th operation (default 1)"
+    )
+    parser.add_argument(
+        "--preset", metavar="P", help="capture a preset (default: five sites of every kind)"
+    )
+    parser.add_argument(
+        "--power", action="store_true", help="lose power instead of ending the process"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="trials at once (default 2)"
+    )
+    parser.add_argument(
+        "--folder",
+        metavar="DIR",
+        help="where to work (default /dev/shm or the temporary directory)",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     os.getpid = lambda: 7  # as in a container, where every attempt has the same number
@@ -60,7 +74,12 @@ def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
     reference = Path(config.out).with_name("reference")
     names = faults.count_operations(lambda: extract(replace(config, out=str(reference))))
     expected = faults.contents(reference)
-    points = [(n, way) for n in range(0, len(names), stride) for way in WAYS if way != "torn" or "write" in names[n]]
+    points = [
+        (n, way)
+        for n in range(0, len(names), stride)
+        for way in WAYS
+        if way != "torn" or "write" in names[n]
+    ]
 
     def trial(point: tuple[int, str]) -> str:
         n, way = point
@@ -89,9 +108,13 @@ def _break(config: RunConfig, expected: dict[str, bytes], n: int, way: str) -> N
         with faults.hooked(faults.fail_at(n, number, way == "failed")):
             extract(config)
     except (OSError, RunError) as error:
-        assert number in (getattr(error, "errno", None), getattr(error.__cause__, "errno", None)), error
+        assert number in (getattr(error, "errno", None), getattr(error.__cause__, "errno", None)), (
+            error
+        )
         gc.collect()
-        assert len(os.listdir("/proc/self/fd")) <= handles + LIBRARY_HANDLES, os.listdir("/proc/self/fd")
+        assert len(os.listdir("/proc/self/fd")) <= handles + LIBRARY_HANDLES, os.listdir(
+            "/proc/self/fd"
+        )
         _check(config, expected, None)
         os._exit(faults.ENDED)
 

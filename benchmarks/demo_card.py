@@ -20,7 +20,8 @@ import transformers
 from headwater.benchmarks.demo_text import END_OF_TEXT, read_corpus, spread, to_stream, to_windows
 
 DEMO = Path(__file__).resolve().parents[1] / "extractor" / "demo"
-N_WINDOWS, SINK = 32, 0.3
+N_WINDOWS = 32
+SINK = 0.3
 CARD = """# The demo model
 
 A GPT-2 with {n_layer} layers, {n_head} heads and width {n_embd} ({parameters:,} parameters, stored as float16), a
@@ -82,7 +83,8 @@ def describe(folder: Path, windows: torch.Tensor) -> dict[str, Any]:
     )
     residuals: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
-    width, n_head = model.config.n_embd, model.config.n_head
+    width = model.config.n_embd
+    n_head = model.config.n_head
 
     def keep_residual(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         residuals.append(inputs[0].clone())
@@ -100,28 +102,44 @@ def describe(folder: Path, windows: torch.Tensor) -> dict[str, Any]:
     breaks = _line_breaks(folder)[windows]
     visible = torch.ones(windows.shape[1], windows.shape[1]).tril()[half:]
     first = [pattern[:, :, half:, 0].mean((0, 2)) for pattern in patterns]
-    parked = [(pattern[:, :, half:] * breaks[:, None, None]).sum(-1).mean((0, 2)) for pattern in patterns]
+    parked = [
+        (pattern[:, :, half:] * breaks[:, None, None]).sum(-1).mean((0, 2)) for pattern in patterns
+    ]
     there = [value[breaks > 0].mean(0) / value[breaks == 0].mean(0) for value in values]
-    return {"windows": len(windows), "queries": "second half",
-            "first_token": [_by_head(share) for share in first],
-            "line_breaks": [_by_head(share) | {"value_length": round(float(ratio[share.argmax()]), 3)}
-                            for share, ratio in zip(parked, there, strict=True)],
-            "line_breaks_among_visible_keys": round(float((visible * breaks[:, None]).sum() / visible.sum() /
-                                                          len(windows)), 4),
-            "largest_residual_by_depth": [_largest(depth, x) for depth, x in enumerate(residuals)]}
+    return {
+        "windows": len(windows),
+        "queries": "second half",
+        "first_token": [_by_head(share) for share in first],
+        "line_breaks": [
+            _by_head(share) | {"value_length": round(float(ratio[share.argmax()]), 3)}
+            for share, ratio in zip(parked, there, strict=True)
+        ],
+        "line_breaks_among_visible_keys": round(
+            float((visible * breaks[:, None]).sum() / visible.sum() / len(windows)), 4
+        ),
+        "largest_residual_by_depth": [_largest(depth, x) for depth, x in enumerate(residuals)],
+    }
 
 
 def _by_head(share_N: torch.Tensor) -> dict[str, Any]:
     """Return the mean share of a layer's heads, and the strongest head with its share."""
-    return {"share": round(float(share_N.mean()), 4), "strongest_head": int(share_N.argmax()),
-            "strongest_share": round(float(share_N.max()), 4)}
+    return {
+        "share": round(float(share_N.mean()), 4),
+        "strongest_head": int(share_N.argmax()),
+        "strongest_share": round(float(share_N.max()), 4),
+    }
 
 
 def _largest(depth: int, x_BTD: torch.Tensor) -> dict[str, Any]:
     """Return the largest activation of one depth."""
     _, position, dimension = torch.unravel_index(x_BTD.abs().argmax(), x_BTD.shape)
-    return {"depth": depth, "max_abs": round(float(x_BTD.abs().max()), 3), "dimension": int(dimension),
-            "position": int(position), "median_abs": round(float(x_BTD.abs().median()), 4)}
+    return {
+        "depth": depth,
+        "max_abs": round(float(x_BTD.abs().max()), 3),
+        "dimension": int(dimension),
+        "position": int(position),
+        "median_abs": round(float(x_BTD.abs().median()), 4),
+    }
 
 
 def _line_breaks(folder: Path) -> torch.Tensor:
@@ -135,15 +153,27 @@ def _line_breaks(folder: Path) -> torch.Tensor:
 def write_card(folder: Path, facts: dict[str, Any]) -> None:
     """Write training.json and the card."""
     shown = facts["weights_show"]
-    lines = [f"| {layer} | {first['share']:.3f} | head {first['strongest_head']}: {first['strongest_share']:.3f} | "
-             f"{rest['share']:.3f} | head {rest['strongest_head']}: {rest['strongest_share']:.3f} | "
-             f"{rest['value_length']:.2f} |"
-             for layer, (first, rest) in enumerate(zip(shown["first_token"], shown["line_breaks"], strict=True))]
+    lines = [
+        f"| {layer} | {first['share']:.3f} | head {first['strongest_head']}: {first['strongest_share']:.3f} | "
+        f"{rest['share']:.3f} | head {rest['strongest_head']}: {rest['strongest_share']:.3f} | "
+        f"{rest['value_length']:.2f} |"
+        for layer, (first, rest) in enumerate(
+            zip(shown["first_token"], shown["line_breaks"], strict=True)
+        )
+    ]
     share = max(first["strongest_share"] for first in shown["first_token"])
-    ratios = ", ".join(f"{at['max_abs'] / at['median_abs']:.0f}" for at in shown["largest_residual_by_depth"])
-    text = CARD.format(**facts, minutes=facts["seconds"] / 60, windows=shown["windows"], attention="\n".join(lines),
-                       line_breaks=shown["line_breaks_among_visible_keys"], ratios=ratios,
-                       verdict=SINK_THERE.format(share=share) if share >= SINK else NO_SINK)
+    ratios = ", ".join(
+        f"{at['max_abs'] / at['median_abs']:.0f}" for at in shown["largest_residual_by_depth"]
+    )
+    text = CARD.format(
+        **facts,
+        minutes=facts["seconds"] / 60,
+        windows=shown["windows"],
+        attention="\n".join(lines),
+        line_breaks=shown["line_breaks_among_visible_keys"],
+        ratios=ratios,
+        verdict=SINK_THERE.format(share=share) if share >= SINK else NO_SINK,
+    )
     write(folder / "training.json", (json.dumps(facts, indent=2) + "\n").encode())
     write(folder / "README.md", text.encode())
 
@@ -152,12 +182,17 @@ def processor_name() -> str:
     """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def main() -> None:
     """Measure weights again and write their card anew."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=DEMO, help="the model and its training.json")
     folder = parser.parse_args().folder
     facts = json.loads((folder / "training.json").read_text("utf-8"))

@@ -9,9 +9,22 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
-N_CTX, D_VOCAB = 256, 4096
-EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "ensurepip", "encodings",
-            "pydoc_data", "turtledemo", "lib-dynload", "__phello__"}
+N_CTX = 256
+D_VOCAB = 4096
+EXCLUDED = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "ensurepip",
+    "encodings",
+    "pydoc_data",
+    "turtledemo",
+    "lib-dynload",
+    "__phello__",
+}
 
 
 def read_corpus(root: Path) -> tuple[list[str], list[str]]:
@@ -35,15 +48,25 @@ def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=D_VOCAB, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=D_VOCAB,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
     return tokenizer
 
 
 def to_stream(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> torch.Tensor:
     """Join the tokens of all texts, with an end-of-text token after each."""
     end = tokenizer.get_vocab()[END_OF_TEXT]
-    ids = [torch.tensor([*encoding.ids, end], dtype=torch.int16) for encoding in tokenizer.encode_batch(texts)]
+    ids = [
+        torch.tensor([*encoding.ids, end], dtype=torch.int16)
+        for encoding in tokenizer.encode_batch(texts)
+    ]
     return torch.cat(ids)
 
 

@@ -33,7 +33,12 @@ HEADWATER = Peer("headwater", "use_headwater.py", "sharded Zarr")
 PEERS = (
     HEADWATER,
     Peer("transformers", "use_transformers.py", "numpy.save"),
-    Peer("TransformerLens", "use_transformer_lens.py", "safetensors", ("transformer-lens>=4", "safetensors")),
+    Peer(
+        "TransformerLens",
+        "use_transformer_lens.py",
+        "safetensors",
+        ("transformer-lens>=4", "safetensors"),
+    ),
     Peer("nnsight", "use_nnsight.py", "zarr-python", ("nnsight", "zarr>=3")),
     Peer("SAELens", "use_sae_lens.py", "Arrow", ("sae-lens",), slow=True),
 )
@@ -60,22 +65,33 @@ def python_of(peer: Peer, cache: Path, install: bool = True) -> str:
         return sys.executable
     home = cache / peer.name.lower()
     wanted = [*peer.packages, f"torch=={torch.__version__.split('+')[0]}"]
-    ready, python = home / "ready.txt", home / "bin" / "python"
+    ready = home / "ready.txt"
+    python = home / "bin" / "python"
     if ready.is_file() and ready.read_text("utf-8").split("\n") == wanted:
         return str(python)
     if not install:
-        raise PeerMissing("its environment was not made yet: run `python -m headwater.benchmarks peers --prepare`")
+        raise PeerMissing(
+            "its environment was not made yet: run `python -m headwater.benchmarks peers --prepare`"
+        )
     venv.create(home, with_pip=True)
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-input", *wanted]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise PeerMissing("pip cannot install it: " + " ".join(done.stderr.strip().splitlines()[-1:]))
+        raise PeerMissing(
+            "pip cannot install it: " + " ".join(done.stderr.strip().splitlines()[-1:])
+        )
     ready.write_text("\n".join(wanted), "utf-8")
     return str(python)
 
 
 def version_of(peer: Peer, python: str) -> str:
     """Return the version of a peer's package."""
-    package = peer.packages[0].split(">")[0] if peer.packages else peer.name.replace("plain", "transformers")
+    package = (
+        peer.packages[0].split(">")[0]
+        if peer.packages
+        else peer.name.replace("plain", "transformers")
+    )
     code = f"from importlib.metadata import version; print(version({package!r}))"
-    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()

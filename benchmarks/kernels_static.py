@@ -19,14 +19,19 @@ from typing import Any
 
 import torch
 
+from headwater.benchmarks.page import put_table
 from headwater.benchmarks.sass import PIPES, tile_instructions
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels_static.csv"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
-N_SEQUENCES, N_POSITIONS, N_HEAD = 16, 1024, 12
+N_SEQUENCES = 16
+N_POSITIONS = 1024
+N_HEAD = 12
 SQUARE = "square, not tiles"
-VARIED = {"pattern": ("a mask in every block", "z first, P afterwards", "addresses by remainder", SQUARE),
-          "statistics": ("a mask in every block", "every statistic elementwise")}
+VARIED = {
+    "pattern": ("a mask in every block", "z first, P afterwards", "addresses by remainder", SQUARE),
+    "statistics": ("a mask in every block", "every statistic elementwise"),
+}
 NEEDS_POINTERS = ("addresses by remainder",)
 PRODUCTS = {"pattern": (3, 0), "statistics": (2, 16), "flash": (2, 0), "column": (1, 0)}
 
@@ -74,7 +79,9 @@ def static_rows() -> Iterator[Row]:
         for kernel in PRODUCTS if arch != "sm_100" else ("pattern", "statistics"):
             yield Row(kernel, arch, 64, "float16")
             if arch != "sm_100":
-                yield from (Row(kernel, arch, 64, "float16", name) for name in VARIED.get(kernel, ()))
+                yield from (
+                    Row(kernel, arch, 64, "float16", name) for name in VARIED.get(kernel, ())
+                )
         if arch != "sm_100":
             yield Row("residual", arch, 768, "float16")
 
@@ -85,14 +92,21 @@ def every_row() -> Iterator[Row]:
         for kernel in PRODUCTS:
             for dtype in ("float16", "bfloat16", "float32"):
                 yield from (Row(kernel, arch, d_head, dtype) for d_head in (64, 128, 256))
-        yield from (Row("residual", arch, d_model, "float16") for d_model in (768, 1024, 1280, 1600))
+        yield from (
+            Row("residual", arch, d_model, "float16") for d_model in (768, 1024, 1280, 1600)
+        )
 
 
 def count_all(rows: list[Row]) -> list[dict[str, int]]:
     """Return the bytes that each row moves, counted in a process that interprets Triton."""
-    done = subprocess.run([sys.executable, "-m", "headwater.benchmarks.count_bytes"], check=True, capture_output=True,
-                          input="\n".join(row.request for row in rows), text=True,
-                          env={**os.environ, "TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "headwater.benchmarks.count_bytes"],
+        check=True,
+        capture_output=True,
+        input="\n".join(row.request for row in rows),
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -114,7 +128,7 @@ def look_at(row: Row, moved: dict[str, int]) -> dict[str, Any]:
     from headwater.benchmarks.aot import compile_launch
     from headwater.benchmarks.aot_cases import Case, blocks_per_multiprocessor, plan
     from headwater.benchmarks.naive_kernels import VARIANTS, vary
-    from headwater.kernels.launch import lookup
+    from headwater.kernels.gpu.launch import lookup
 
     dtype = getattr(torch, row.dtype)
     config = lookup(row.kernel, row.arch, row.d_head, 32 if dtype == torch.float32 else 16)
@@ -127,20 +141,33 @@ def look_at(row: Row, moved: dict[str, int]) -> dict[str, Any]:
     made = compile_launch(launch, row.arch)
     tile = tile_instructions(row.kernel, made.text) or {}
     blocks = blocks_per_multiprocessor(case, made)
-    least = minimum(launch) * (N_SEQUENCES // 2 if row.kernel != "residual" else N_SEQUENCES * N_POSITIONS // 64)
+    least = minimum(launch) * (
+        N_SEQUENCES // 2 if row.kernel != "residual" else N_SEQUENCES * N_POSITIONS // 64
+    )
     ratio = moved["moved"] / moved["minimum"]
     line = {
-        "kernel": row.kernel, "variant": row.variant, "arch": row.arch, "d_head": row.d_head, "dtype": row.dtype,
+        "kernel": row.kernel,
+        "variant": row.variant,
+        "arch": row.arch,
+        "d_head": row.d_head,
+        "dtype": row.dtype,
         "path": "descriptors" if config.tma else "pointers",
         "block": f"{config.block_m}x{config.block_n}" if config.block_n else str(config.block_m),
-        "warps": config.warps, "stages": config.stages, "registers": made.registers, "spills": made.spills,
-        "blocks_per_multiprocessor": blocks, "occupancy": round(blocks * config.warps / 64, 3),
+        "warps": config.warps,
+        "stages": config.stages,
+        "registers": made.registers,
+        "spills": made.spills,
+        "blocks_per_multiprocessor": blocks,
+        "occupancy": round(blocks * config.warps / 64, 3),
         **{f"tile_{pipe}": tile.get(pipe, "") for pipe in PIPES},
         "tile_total": sum(tile.values()) if tile else "",
         "instructions_per_1024_scores": _density(tile, config),
-        "bytes_read": moved["read"], "bytes_written": moved["written"], "bytes_minimum": moved["minimum"],
-        "bytes_ratio": round(ratio, 4), "bytes_read_from_l2": moved["l2_read"],
-    }  # fmt: skip
+        "bytes_read": moved["read"],
+        "bytes_written": moved["written"],
+        "bytes_minimum": moved["minimum"],
+        "bytes_ratio": round(ratio, 4),
+        "bytes_read_from_l2": moved["l2_read"],
+    }
     return line | model_time(row, config, tile, least * ratio)
 
 
@@ -158,17 +185,30 @@ def model_time(row: Row, config: Any, tile: dict[str, int], n_bytes: float) -> d
         rate = device.flops_16 if row.dtype != "float32" else device.flops_tf32 / 3
         limits["tensor"] = flops / rate
         second = config.warps / 4 * tiles / (device.n_multiprocessors * device.gigahertz * 1e9)
-        limits |= {pipe: tile.get(pipe, 0) * cycles * second for pipe, cycles in device.cycles.items()}
+        limits |= {
+            pipe: tile.get(pipe, 0) * cycles * second for pipe, cycles in device.cycles.items()
+        }
         limits["issue"] = sum(tile.values()) * second
     bound = max(limits, key=lambda name: limits[name])
     names = ("bytes", "tensor", "issue", *CYCLES)
-    return {"device": device.name, "model_us": round(limits[bound] * 1e6, 1), "model_bound": bound,
-            **{f"model_{name}_us": round(limits[name] * 1e6, 1) if name in limits else "" for name in names}}
+    return {
+        "device": device.name,
+        "model_us": round(limits[bound] * 1e6, 1),
+        "model_bound": bound,
+        **{
+            f"model_{name}_us": round(limits[name] * 1e6, 1) if name in limits else ""
+            for name in names
+        },
+    }
 
 
 def _density(tile: dict[str, int], config: Any) -> float | str:
     """Return a warp's instructions times warps for 1024 scores, so that tiles of any size compare."""
-    return round(sum(tile.values()) * config.warps * 1024 / (config.block_m * config.block_n), 1) if tile else ""
+    return (
+        round(sum(tile.values()) * config.warps * 1024 / (config.block_m * config.block_n), 1)
+        if tile
+        else ""
+    )
 
 
 def make_table(out: Path = RESULTS, rows: list[Row] | None = None) -> list[dict[str, Any]]:
@@ -188,30 +228,57 @@ def make_table(out: Path = RESULTS, rows: list[Row] | None = None) -> list[dict[
 def show(line: dict[str, Any]) -> str:
     """Return a line of the table for people."""
     name = f"{line['kernel']} {line['arch']} {line['d_head']} {line['dtype']}"
-    return (f"{name:34} {line['variant'] or line['block']:28} {line['registers']:4} reg {line['spills']:4} spills "
-            f"{line['occupancy']:5.0%} occupied {line['instructions_per_1024_scores'] or '':>7} instr/1024  bytes × "
-            f"{line['bytes_ratio']:.3f}  model {line['model_us']:8.1f} µs ({line['model_bound']})")
+    return (
+        f"{name:34} {line['variant'] or line['block']:28} {line['registers']:4} reg {line['spills']:4} spills "
+        f"{line['occupancy']:5.0%} occupied {line['instructions_per_1024_scores'] or '':>7} instr/1024  bytes × "
+        f"{line['bytes_ratio']:.3f}  model {line['model_us']:8.1f} µs ({line['model_bound']})"
+    )
 
 
 def render(lines: list[dict[str, Any]]) -> str:
     """Return the table of the documentation, in Markdown."""
-    head = ("kernel", "without", "device", "d_head", "type", "block", "registers", "blocks/SM", "instr/1024", "bytes ×",
-            "model µs", "bound")
-    names = ("kernel", "variant", "device", "d_head", "dtype", "block", "registers", "blocks_per_multiprocessor",
-             "instructions_per_1024_scores", "bytes_ratio", "model_us", "model_bound")
+    head = (
+        "kernel",
+        "without",
+        "device",
+        "d_head",
+        "type",
+        "block",
+        "registers",
+        "blocks/SM",
+        "instr/1024",
+        "bytes ×",
+        "model µs",
+        "bound",
+    )
+    names = (
+        "kernel",
+        "variant",
+        "device",
+        "d_head",
+        "dtype",
+        "block",
+        "registers",
+        "blocks_per_multiprocessor",
+        "instructions_per_1024_scores",
+        "bytes_ratio",
+        "model_us",
+        "model_bound",
+    )
     rows = [[f"{line[name]}" for name in names] for line in lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def write_page(lines: list[dict[str, Any]], page: Path = PAGE) -> None:
     """Put the table into the documentation."""
-    before, _, rest = page.read_text("utf-8").partition("<!-- kernels_static -->\n")
-    after = rest.partition("<!-- end -->")[2]
-    page.write_text(f"{before}<!-- kernels_static -->\n{render(lines)}\n<!-- end -->{after}", "utf-8")
+    put_table(page, "kernels_static", render(lines))
 
 
 def faults(lines: list[dict[str, Any]]) -> list[str]:
     """Return what breaks the budget of bytes: pattern 1.05, statistics 1.1, residual tap 1.02 times the minimum."""
     budget = {"pattern": 1.05, "statistics": 1.1, "residual": 1.02}
-    return [f"{show(line)}: more than {budget[line['kernel']]} of the minimum" for line in lines
-            if not line["variant"] and line["bytes_ratio"] > budget.get(line["kernel"], 9)]
+    return [
+        f"{show(line)}: more than {budget[line['kernel']]} of the minimum"
+        for line in lines
+        if not line["variant"] and line["bytes_ratio"] > budget.get(line["kernel"], 9)
+    ]

@@ -28,34 +28,50 @@ LIMIT = 300.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Kill and resume; print a summary; return 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks.kill", description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=100, metavar="N", help="processes to kill (default 100)")
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks.kill", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--n", type=int, default=100, metavar="N", help="processes to kill (default 100)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default 0)")
-    parser.add_argument("--lines", type=int, default=96, help="texts of 64 tokens to extract (default 96)")
-    parser.add_argument("--folder", metavar="DIR", help="where to work (default: the temporary directory)")
+    parser.add_argument(
+        "--lines", type=int, default=96, help="texts of 64 tokens to extract (default 96)"
+    )
+    parser.add_argument(
+        "--folder", metavar="DIR", help="where to work (default: the temporary directory)"
+    )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found, moments = kill_and_resume(Path(folder), options.n, options.seed, options.lines)
     print(", ".join(f"{n} {what}" for what, n in found.items()))
-    print("committed blocks at the kills: " + ", ".join(f"{n} × {blocks}" for blocks, n in sorted(moments.items())))
+    print(
+        "committed blocks at the kills: "
+        + ", ".join(f"{n} × {blocks}" for blocks, n in sorted(moments.items()))
+    )
     print(f"{time.perf_counter() - start:.0f} s")
     return 0 if found["wrong"] == 0 else 1
 
 
-def kill_and_resume(home: Path, n: int, seed: int, n_lines: int) -> tuple[Counter[str], Counter[int]]:
+def kill_and_resume(
+    home: Path, n: int, seed: int, n_lines: int
+) -> tuple[Counter[str], Counter[int]]:
     """Kill `n` processes; return the outcomes, and how often how many blocks were committed at a kill."""
     chance = random.Random(seed)
-    model, text = faults.make_model(home / "model"), home / "text.txt"
+    model = faults.make_model(home / "model")
+    text = home / "text.txt"
     text.write_text("\n".join("".join(chance.choices("abcdefgh ", k=63)) for _ in range(n_lines)))
-    reference, run = home / "reference", home / "run"
+    reference = home / "reference"
+    run = home / "run"
     first = start_extract(model, text, reference)
     wait_for(reference, first)
     begun = time.perf_counter()
     assert first.wait(LIMIT) == 0
     working = time.perf_counter() - begun
     expected = faults.contents(reference)
-    found, moments = Counter({"killed": 0, "in the text stage": 0, "runs finished": 0, "wrong": 0}), Counter[int]()
+    found = Counter({"killed": 0, "in the text stage": 0, "runs finished": 0, "wrong": 0})
+    moments = Counter[int]()
     while found["killed"] < n:
         process = start_extract(model, text, run)
         wait_for(run, process)
@@ -79,9 +95,20 @@ def kill_and_resume(home: Path, n: int, seed: int, n_lines: int) -> tuple[Counte
 
 def start_extract(model: Path, text: Path, run: Path) -> subprocess.Popen[bytes]:
     """Start a process of the command line."""
-    command = [sys.executable, "-m", "headwater.cli", "extract", "--model", str(model), "--text", str(text)]
+    command = [
+        sys.executable,
+        "-m",
+        "headwater",
+        "extract",
+        "--model",
+        str(model),
+        "--text",
+        str(text),
+    ]
     command += ["--out", str(run), "--preset", "all", "--block", "8", "--threads", "1"]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def wait_for(run: Path, process: subprocess.Popen[bytes]) -> None:
@@ -115,7 +142,11 @@ def finish(model: Path, text: Path, run: Path, expected: dict[str, bytes]) -> bo
 
 def n_committed(run: Path) -> int:
     """Count the committed blocks."""
-    return len(Ledger(run, read_manifest(run).fingerprint).committed()) if manifest_path(run).exists() else 0
+    return (
+        len(Ledger(run, read_manifest(run).fingerprint).committed())
+        if manifest_path(run).exists()
+        else 0
+    )
 
 
 if __name__ == "__main__":

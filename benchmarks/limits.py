@@ -25,11 +25,19 @@ def limits(folder: Path, megabytes: int = 256, rounds: int = 3) -> list[dict[str
     for name, take in _transfers(folder / "raw", megabytes).items():
         with suppress(OSError):  # a file system without O_DIRECT
             seconds = min(take() for _ in range(rounds))
-            rows.append({"limit": name, "rate": round(megabytes * (1 << 20) / 1e6 / seconds), "unit": "MB/s"})
+            rows.append(
+                {
+                    "limit": name,
+                    "rate": round(megabytes * (1 << 20) / 1e6 / seconds),
+                    "unit": "MB/s",
+                }
+            )
     (folder / "raw").unlink()
     for name, dtype, n in (("fp32", torch.float32, 2048), ("bf16", torch.bfloat16, 256)):
         rate = gemm_rate(n, 768, 3072, dtype)
-        rows.append({"limit": f"matrix product {name}", "rate": round(rate / 1e9, 1), "unit": "GFLOP/s"})
+        rows.append(
+            {"limit": f"matrix product {name}", "rate": round(rate / 1e9, 1), "unit": "GFLOP/s"}
+        )
     return rows
 
 
@@ -59,7 +67,8 @@ def _transfers(file: Path, megabytes: int) -> dict[str, Callable[[], float]]:
             target[i % 2].copy_(source[i % 2])
         return time.perf_counter() - start
 
-    source, target = torch.ones(2, PIECE * 8, dtype=torch.uint8), torch.zeros(2, PIECE * 8, dtype=torch.uint8)
+    source = torch.ones(2, PIECE * 8, dtype=torch.uint8)
+    target = torch.zeros(2, PIECE * 8, dtype=torch.uint8)
     new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     return {
         "write, buffered, fsync": timed(new, lambda h: os.write(h, buffer), sync=True),

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from headwater.benchmarks.registry import RESULTS
-from headwater.kernels import products
+from headwater.kernels.cpu import products
 
 
-def interleave(cases: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
+def interleave(
+    cases: Mapping[str, Callable[[], Any]], rounds: int, warm: bool = True
+) -> dict[str, list[float]]:
     """Run every case once a round, in turn; return the seconds of each round, by case."""
     if warm:
         for case in cases.values():
@@ -38,15 +40,23 @@ def ratio(seconds: Mapping[str, list[float]], case: str, to: str) -> float:
 
 
 def gemm_rate(
-    rows: int, inner: int, columns: int, dtype: torch.dtype = torch.float32, limit: float = 3.0, device: str = "cpu"
+    rows: int,
+    inner: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+    limit: float = 3.0,
+    device: str = "cpu",
 ) -> float:
     """Return the FLOP/s of the best of 12 large matrix products (fewer after `limit` seconds): a forward's limit.
 
     In float32 on a CPU of the better of torch and what the forward multiplies by.
     """
-    a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+    a, b = (
+        torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns))
+    )
     out = torch.empty(rows, columns, dtype=dtype, device=device)
-    end, seconds = time.perf_counter() + limit, list[float]()
+    end = time.perf_counter() + limit
+    seconds = list[float]()
 
     times = 1 if device == "cpu" else 20
 
@@ -85,7 +95,9 @@ def machine(device: str = "cpu") -> dict[str, str]:
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+            name = next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
+            )
     gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
     return {
         "date": date.today().isoformat(),
@@ -103,7 +115,10 @@ def results_folder() -> Path:
 
 
 def write_csv(
-    name: str, rows: list[dict[str, Any]], folder: Path | None = None, keys: Sequence[str] | None = None,
+    name: str,
+    rows: list[dict[str, Any]],
+    folder: Path | None = None,
+    keys: Sequence[str] | None = None,
     device: str = "cpu",
 ) -> Path:
     """Write dated results with the machine's name in every row; return the file.
@@ -117,7 +132,11 @@ def write_csv(
     if keys and path.exists():
         replaced = {tuple(str(row[key]) for key in keys) for row in rows}
         with path.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if tuple(row.get(key, "") for key in keys) not in replaced]
+            old = [
+                row
+                for row in csv.DictReader(file)
+                if tuple(row.get(key, "") for key in keys) not in replaced
+            ]
         full = [*old, *full]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(column for row in full for column in row)))

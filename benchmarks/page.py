@@ -39,8 +39,12 @@ peer, which it makes; [the drivers](../benchmarks/peers) are what was run. What 
 
 def main(arguments: list[str]) -> int:
     """Write the page and its plots."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks page", description=__doc__)
-    parser.add_argument("--out", type=Path, default=DOCS, help="the folder of performance.md (default docs)")
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks page", description=__doc__
+    )
+    parser.add_argument(
+        "--out", type=Path, default=DOCS, help="the folder of performance.md (default docs)"
+    )
     options = parser.parse_args(arguments)
     for name, text in make_page(RESULTS, newest(RESULTS)).items():
         path = options.out / name
@@ -48,6 +52,15 @@ def main(arguments: list[str]) -> int:
         path.write_text(text, "utf-8")
         print(path)
     return 0
+
+
+def put_table(page: Path, name: str, table: str) -> None:
+    """Put a table between the lines `<!-- name -->` and `<!-- end -->` of a page; ValueError where it has no place."""
+    before, mark, rest = page.read_text("utf-8").partition(f"<!-- {name} -->\n")
+    if not mark:
+        raise ValueError(f"{page} has no place for {name}: expected a line <!-- {name} -->.")
+    after = rest.partition("<!-- end -->")[2]
+    page.write_text(f"{before}{mark}{table}\n<!-- end -->{after}", "utf-8")
 
 
 def newest(results: Path) -> list[str]:
@@ -74,7 +87,8 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     machines = _machines([row for rows in tables.values() for row in rows])
     sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
     machine = f"Measured on {machines}." if machines else ""
-    parts, files = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")], dict[str, str]()
+    parts = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")]
+    files = dict[str, str]()
     peers = tables.pop("peers", [])
     parts += [goals(peers, tables.get("extract", [])), *goals_elsewhere(results)]
     if peers:
@@ -82,7 +96,9 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
         for workload, title in WORKLOADS.items():
             if rows := [row for row in peers if row["workload"] == workload]:
                 files[f"performance/{workload}.svg"] = plot(title, rows)
-                parts.append(f"## {title}\n\n![ratios](performance/{workload}.svg)\n\n{peer_table(rows)}")
+                parts.append(
+                    f"## {title}\n\n![ratios](performance/{workload}.svg)\n\n{peer_table(rows)}"
+                )
         parts.append(NOTES)
     for name, title in (("limits", LIMITS), ("survive", SURVIVE), ("store", STORE)):
         if rows := tables.pop(name, []):
@@ -91,11 +107,20 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     if rows := tables.pop("kernels", []):
         parts.append(f"{KERNELS}\n\n{kernel_table(rows)}")
     for name, rows in tables.items():
-        parts.append(f"## {name}\n\n`python -m headwater.benchmarks {name}`\n\n{table(rows, MACHINE)}")
+        parts.append(
+            f"## {name}\n\n`python -m headwater.benchmarks {name}`\n\n{table(rows, MACHINE)}"
+        )
     return {"performance.md": "\n\n".join(part.strip() for part in parts) + "\n", **files}
 
 
-BETTER = {"x_plain": 1, "x_plain_without_fsync": 1, "peak_MB": -1, "MB_on_disk": -1, "read_ms": -1, "lines": -1}
+BETTER = {
+    "x_plain": 1,
+    "x_plain_without_fsync": 1,
+    "peak_MB": -1,
+    "MB_on_disk": -1,
+    "read_ms": -1,
+    "lines": -1,
+}
 MACHINE = ("date", "processor", "threads", "torch", "products", "gpu")
 NOTES = """`no fsync` is the same ratio without the time of the fsync. Peak memory is that of the whole process, model
 included. `read` is the median time to read one (layer, sequence, position) vector or row back. `lines` counts a user's
@@ -125,17 +150,29 @@ Headwater is faster. `vector` reads one position of one sequence."""
 
 def kernel_table(rows: Sequence[Row]) -> str:
     """Lay out one line for each shape from one row for each case."""
-    cells = {"pattern µs": ("pattern", "us"), "of copy": ("pattern", "share_of_copy"),
-             "× eager": ("pattern", "x_eager"), "× SDPA + pattern": ("pattern", "x_sdpa_pattern"),
-             "square µs": ("pattern, square", "us"), "statistics µs": ("statistics", "us"),
-             "× eager statistics": ("statistics", "x_eager_statistics"), "× flash": ("statistics", "x_flash"),
-             "flash µs": ("flash", "us"), "SDPA µs": ("sdpa", "us"), "residual tap µs": ("residual", "us"),
-             "of copy ": ("residual", "share_of_copy"), "× unfused": ("residual", "x_unfused")}  # fmt: skip
+    cells = {
+        "pattern µs": ("pattern", "us"),
+        "of copy": ("pattern", "share_of_copy"),
+        "× eager": ("pattern", "x_eager"),
+        "× SDPA + pattern": ("pattern", "x_sdpa_pattern"),
+        "square µs": ("pattern, square", "us"),
+        "statistics µs": ("statistics", "us"),
+        "× eager statistics": ("statistics", "x_eager_statistics"),
+        "× flash": ("statistics", "x_flash"),
+        "flash µs": ("flash", "us"),
+        "SDPA µs": ("sdpa", "us"),
+        "residual tap µs": ("residual", "us"),
+        "of copy ": ("residual", "share_of_copy"),
+        "× unfused": ("residual", "x_unfused"),
+    }
     shapes = dict.fromkeys((row["model"], row["n_positions"], row["dtype"]) for row in rows)
     found = {(row["model"], row["n_positions"], row["dtype"], row["case"]): row for row in rows}
     lines = []
     for shape in shapes:
-        values = {head: found.get((*shape, case), {}).get(column, "") for head, (case, column) in cells.items()}
+        values = {
+            head: found.get((*shape, case), {}).get(column, "")
+            for head, (case, column) in cells.items()
+        }
         lines.append(dict(zip(("model", "T", "type"), shape, strict=True)) | values)
     return table(lines, ())
 
@@ -156,29 +193,55 @@ def cases(rows: Sequence[Row]) -> list[str]:
 def plot(title: str, rows: Sequence[Row]) -> str:
     """Draw the ratios of one workload."""
     memories = list(dict.fromkeys(row["memory"] for row in rows))
-    values = [(case, [of(rows, case, memory, "x_plain") for memory in memories]) for case in cases(rows)]
+    values = [
+        (case, [of(rows, case, memory, "x_plain") for memory in memories]) for case in cases(rows)
+    ]
     return bars(f"{title}: × plain forward", [f"memory {m}" for m in memories], values, 1.0)
 
 
 def peer_table(rows: Sequence[Row]) -> str:
     """Lay out one workload, default and kept memory side by side."""
-    heads = ("", "version", "stored with", "× plain", "no fsync", "kept: × plain", "tokens/s", "peak MB", "MB on disk",
-             "read ms", "lines")  # fmt: skip
+    heads = (
+        "",
+        "version",
+        "stored with",
+        "× plain",
+        "no fsync",
+        "kept: × plain",
+        "tokens/s",
+        "peak MB",
+        "MB on disk",
+        "read ms",
+        "lines",
+    )
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in (r for r in rows if r["memory"] == "default"):
         if row["problem"]:
             lines.append(
-                f"| {row['case']} | {row['version']} | {row['storage']} | not measured: {row['problem']} |" + " |" * 7
+                f"| {row['case']} | {row['version']} | {row['storage']} | not measured: {row['problem']} |"
+                + " |" * 7
             )
             continue
         kept = of(rows, row["case"], "kept", "x_plain")
-        cells = [row["case"], row["version"], row["storage"], f"**{row['x_plain']}** ± {float(row['spread']) / 2:.0%}",
-                 row["x_plain_without_fsync"], "not measured" if kept is None else str(kept), row["tokens_per_second"],
-                 row["peak_MB"], row["MB_on_disk"], row["read_ms"], row["lines"]]  # fmt: skip
+        cells = [
+            row["case"],
+            row["version"],
+            row["storage"],
+            f"**{row['x_plain']}** ± {float(row['spread']) / 2:.0%}",
+            row["x_plain_without_fsync"],
+            "not measured" if kept is None else str(kept),
+            row["tokens_per_second"],
+            row["peak_MB"],
+            row["MB_on_disk"],
+            row["read_ms"],
+            row["lines"],
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     first = next(r for r in rows if r["case"] == "plain")
     batches = sorted({f"{r['memory']} memory {r['batch']}" for r in rows if r["case"] == "plain"})
-    rounds = [f"{r['case']} {r['rounds']}" for r in rows if r["memory"] == "default" and not r["problem"]]
+    rounds = [
+        f"{r['case']} {r['rounds']}" for r in rows if r["memory"] == "default" and not r["problem"]
+    ]
     note = f"{_processor(first)}; {first['sequences']} sequences; rounds: {', '.join(rounds)}; "
     note += "± is half the spread over rounds. "
     loads = [float(r["load"]) for r in rows if r.get("load")]
@@ -189,8 +252,15 @@ def peer_table(rows: Sequence[Row]) -> str:
 
 def _machines(rows: Sequence[Row]) -> str:
     """Name every machine that rows were measured on, with torch's version and the day."""
-    return "; ".join(sorted({f"{r.get('gpu') or _processor(r)}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
-                             for r in rows if "processor" in r}))  # fmt: skip
+    return "; ".join(
+        sorted(
+            {
+                f"{r.get('gpu') or _processor(r)}, {r['threads']} threads, torch {r['torch']}, {r['date']}"
+                for r in rows
+                if "processor" in r
+            }
+        )
+    )
 
 
 def _processor(row: Row) -> str:
@@ -203,7 +273,8 @@ def goals_elsewhere(results: Path) -> list[str]:
     parts = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         tables = read(folder, newest(folder))
-        peers, extract = tables.get("peers", []), tables.get("extract", [])
+        peers = tables.get("peers", [])
+        extract = tables.get("extract", [])
         parts.append(goals(peers, extract, f"The same goals on {_machines([*peers, *extract])}"))
     return parts
 
@@ -213,12 +284,22 @@ def goals(rows: Sequence[Row], extract: Sequence[Row], title: str = "Goals") -> 
     lines = [f"## {title}", "", "| workload | goal | measured | |", "|---|---|---|---|"]
     for workload, goal in GOALS.items():
         mine = [row for row in rows if row["workload"] == workload]
-        lines.append(_goal(workload, f"≥ {goal} × plain", of(mine, "headwater", "default", "x_plain"), goal))
+        lines.append(
+            _goal(workload, f"≥ {goal} × plain", of(mine, "headwater", "default", "x_plain"), goal)
+        )
         memory = "kept" if workload in LEADS else "default"
         value, name = best_peer(mine, memory)
-        rival = f"≥ {LEADS.get(workload, 1.0)} × the best peer ({name or 'of all'}), memory {memory}"
-        lines.append(_goal(workload, rival, round(value, 2) if name else None, LEADS.get(workload, 1.0)))
-    of_rate = [float(row["of_gemm_rate"]) for row in extract if (row["compute"], row["case"]) == ("fp32", "plain")]
+        rival = (
+            f"≥ {LEADS.get(workload, 1.0)} × the best peer ({name or 'of all'}), memory {memory}"
+        )
+        lines.append(
+            _goal(workload, rival, round(value, 2) if name else None, LEADS.get(workload, 1.0))
+        )
+    of_rate = [
+        float(row["of_gemm_rate"])
+        for row in extract
+        if (row["compute"], row["case"]) == ("fp32", "plain")
+    ]
     rate = of_rate[0] if of_rate else None
     lines.append(_goal("our forward, nothing captured", "≥ 0.8 of the fp32 GEMM rate", rate, 0.8))
     return "\n".join(lines)
@@ -233,8 +314,11 @@ def _goal(workload: str, goal: str, value: float | None, least: float) -> str:
 def best_peer(rows: Sequence[Row], memory: str) -> tuple[float, str]:
     """Return Headwater's speed over that of the best peer, and its name."""
     ours = of(rows, "headwater", memory, "x_plain")
-    theirs = {case: value for case in cases(rows) if case != "headwater"
-              and (value := of(rows, case, memory, "x_plain")) is not None}  # fmt: skip
+    theirs = {
+        case: value
+        for case in cases(rows)
+        if case != "headwater" and (value := of(rows, case, memory, "x_plain")) is not None
+    }
     if ours is None or not theirs:
         return 0.0, ""
     name = max(theirs, key=lambda case: theirs[case])
@@ -253,7 +337,9 @@ def behind(rows: Sequence[Row]) -> str:
                     theirs = of(mine, case, memory, column)
                     if ours is not None and theirs is not None and sign * (theirs - ours) > 0:
                         where = f"- {workload}, memory {memory}"
-                        found.append(f"{where}: {case} has {column} {theirs:g}, Headwater {ours:g}.")
+                        found.append(
+                            f"{where}: {case} has {column} {theirs:g}, Headwater {ours:g}."
+                        )
     text = "\n".join(found) if found else "Nowhere in these tables."
     return f"## Where Headwater is behind a peer\n\n{text}"
 
@@ -261,6 +347,9 @@ def behind(rows: Sequence[Row]) -> str:
 def table(rows: Sequence[Row], hidden: Sequence[str]) -> str:
     """Lay out rows as they are, without the columns that say where they were measured."""
     columns = list(dict.fromkeys(c for row in rows for c in row if c not in hidden and row.get(c)))
-    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|" + "---|" * len(columns)]
+    lines = [
+        "| " + " | ".join(c.replace("_", " ") for c in columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
     lines += ["| " + " | ".join(row.get(c) or "" for c in columns) + " |" for row in rows]
     return "\n".join(lines)

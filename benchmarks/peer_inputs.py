@@ -49,8 +49,11 @@ def prepare(work: Workload, size: str, steps: int, cache: Path) -> Inputs:
     """Make a random model, random ids and their float64 reference, or find them in the cache."""
     model = prepare_model(size, cache)
     name = f"{size}-{work.seq_len}-{work.n}"
-    ids, repeated = cache / f"ids-{name}.npy", cache / f"ids-{name}-{steps}.npy"
-    rows = np.random.default_rng(0).integers(0, SIZES[size][-1], (work.n, work.seq_len), dtype=np.int32)
+    ids = cache / f"ids-{name}.npy"
+    repeated = cache / f"ids-{name}-{steps}.npy"
+    rows = np.random.default_rng(0).integers(
+        0, SIZES[size][-1], (work.n, work.seq_len), dtype=np.int32
+    )
     np.save(ids, rows)
     np.save(repeated, np.tile(rows, (steps, 1)))
     return Inputs(model, ids, repeated, Truth.of(model, ids, cache / f"truth-{name}.npz"))
@@ -73,4 +76,6 @@ def add_tokenizer(model: Path) -> None:
     coder.train_from_iterator(["ids are given"], 257, 2, False, ["<|endoftext|>"])
     coder.save(str(model / "tokenizer.json"))
     named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named}))
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **named})
+    )

@@ -15,7 +15,11 @@ from headwater.benchmarks.environments import DRIVERS, HEADWATER, Peer, PeerMiss
 from headwater.benchmarks.truth import Place
 from headwater.extractor.idle import IDLE_THREADS
 
-KEEP_MEMORY = {"MALLOC_TOP_PAD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
+KEEP_MEMORY = {
+    "MALLOC_TOP_PAD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_MMAP_MAX_": "0",
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -29,11 +33,18 @@ class PeerProcess:
         if peer is HEADWATER:
             environment |= IDLE_THREADS
         elif all(environment.get(name) == value for name, value in IDLE_THREADS.items()):
-            environment = {name: value for name, value in environment.items() if name not in IDLE_THREADS}
+            environment = {
+                name: value for name, value in environment.items() if name not in IDLE_THREADS
+            }
         command = [python, "-P", str(DRIVERS / "serve.py"), str(DRIVERS / peer.driver)]
         self.log = log
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"), text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("a"),
+            text=True,
+            env=environment,
         )
         self.waiting = 1
 
@@ -52,7 +63,9 @@ class PeerProcess:
         while self.waiting:
             self.waiting -= 1
             if not (line := self.process.stdout.readline()):
-                raise PeerMissing(f"its process ended with code {self.process.wait()}; see {self.log}")
+                raise PeerMissing(
+                    f"its process ended with code {self.process.wait()}; see {self.log}"
+                )
             answer = json.loads(line)
             if "error" in answer:
                 raise PeerMissing(answer["error"])
@@ -68,7 +81,9 @@ class PeerProcess:
     ) -> tuple[list[np.ndarray | None], list[float]]:
         """Read values back through the driver; return them (None for what cannot be read) and the seconds of each."""
         into = self.log.with_suffix(f".{self.process.pid}.npz")
-        answer = self.ask("read", out=out, places=places, batch=batch, into=str(into), missing=missing)
+        answer = self.ask(
+            "read", out=out, places=places, batch=batch, into=str(into), missing=missing
+        )
         with np.load(into) as stored:
             values = [stored[str(i)] for i in range(len(places))]
         into.unlink()

@@ -13,12 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from headwater.analysis import figures
+from headwater.analysis.suite import figures
 from headwater.benchmarks.registry import RESULTS
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "training-dynamics.svg"
 ROWS = (("share_max", "share on the first token"), ("largest", "largest |x|"))
-LABELS = {"none": "moments kept", "first": "first reset", "second": "second reset", "both": "both reset"}
+LABELS = {
+    "none": "moments kept",
+    "first": "first reset",
+    "second": "second reset",
+    "both": "both reset",
+}
 Table = dict[tuple[str, str, str], dict[int, dict[str, float]]]
 
 
@@ -29,7 +34,11 @@ def main() -> int:
     warmup = max(w for _, reset, w in table if reset != "scratch")
     with figures.style():
         figure, axes = figures.make_figure(2, 3, height=4.6, sharey="row")
-        columns = (("from scratch", ["scratch"], None), ("no warm-up", LABELS, "0"), ("warm-up", LABELS, warmup))
+        columns = (
+            ("from scratch", ["scratch"], None),
+            ("no warm-up", LABELS, "0"),
+            ("warm-up", LABELS, warmup),
+        )
         for at, (title, resets, w) in enumerate(columns):
             for row, (column, label) in enumerate(ROWS):
                 axis = axes[row, at]
@@ -54,11 +63,24 @@ def read(path: Path) -> Table:
     return table
 
 
-def draw(axis: Any, table: Table, seeds: list[str], resets: Iterable[str], warmup: str | None, column: str) -> None:
+def draw(
+    axis: Any,
+    table: Table,
+    seeds: list[str],
+    resets: Iterable[str],
+    warmup: str | None,
+    column: str,
+) -> None:
     """Draw the mean over seeds of one column, and its range, for each reset."""
     for at, reset in enumerate(resets):
-        chosen = [next(v for (s, r, w), v in table.items() if s == seed and r == reset and warmup in (None, w))
-                  for seed in seeds]  # fmt: skip
+        chosen = [
+            next(
+                v
+                for (s, r, w), v in table.items()
+                if s == seed and r == reset and warmup in (None, w)
+            )
+            for seed in seeds
+        ]
         steps = sorted(chosen[0])
         values = np.array([[one[step][column] for step in steps] for one in chosen])
         colour = figures.COLOURS[at]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from headwater.benchmarks import faults
-from headwater.extractor.config import RunConfig
+from headwater.extractor.request import RunConfig
 from headwater.extractor.run import extract
 from headwater.store.ledger import Ledger
 from headwater.store.manifest import manifest_path, read_manifest
@@ -50,8 +50,14 @@ class Node:
     def survive(self, path: Path, mode: str, random: np.random.Generator) -> None:
         """Write what is left of it to `path`."""
         if self.names is None:
-            lost, half = bytes(len(self.data)), len(self.data) // 2
-            could_be = [self.safe_data, self.safe_data or lost, bytes(self.data), bytes(self.data[:half]) + lost[half:]]
+            lost = bytes(len(self.data))
+            half = len(self.data) // 2
+            could_be = [
+                self.safe_data,
+                self.safe_data or lost,
+                bytes(self.data),
+                bytes(self.data[:half]) + lost[half:],
+            ]
             kept = int(random.integers({MODES[0]: 1, MODES[1]: 2, MODES[2]: 4}[mode]))
             path.write_bytes(could_be[kept] if self.data != self.safe_data else self.safe_data)
             return
@@ -154,9 +160,15 @@ def recorder(top: Path, events: list[Event]) -> faults.Hook:
     def place(path: Any, folder: int | None = None) -> str | None:
         base = os.readlink(f"/proc/self/fd/{folder}") if folder is not None else os.getcwd()
         whole = os.path.abspath(os.path.join(base, os.fspath(path)))
-        return os.path.relpath(whole, top) if whole == str(top) or whole.startswith(f"{top}/") else None
+        return (
+            os.path.relpath(whole, top)
+            if whole == str(top) or whole.startswith(f"{top}/")
+            else None
+        )
 
-    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook(
+        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         folder = kwargs.get("dir_fd")
         paths = [place(args[0], folder)] if name in ("open", "mkdir", "unlink", "rmdir") else []
         if name in ("replace", "rename", "link"):
@@ -180,18 +192,28 @@ def recorder(top: Path, events: list[Event]) -> faults.Hook:
 
 def record(config: RunConfig, end: int | Event | None = None) -> list[Event]:
     """Extract in a child and return its operations on disk; it crashes after `end` of them, or after making a name."""
-    run, events = Path(config.out), list[Event]()
+    run = Path(config.out)
+    events = list[Event]()
     note = recorder(run.parent, events)
     kept = run.parent.with_name(f"{run.parent.name}.events")
 
-    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name in faults.CHANGES and events and end in (len(events), (events[-1][0], events[-1][-1])):
+    def hook(
+        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if (
+            name in faults.CHANGES
+            and events
+            and end in (len(events), (events[-1][0], events[-1][-1]))
+        ):
             _save(kept, events)
         return note(name, function, args, kwargs)
 
     def action() -> None:
         with faults.hooked(hook, CALLS):
-            extract(config, lambda p: events.append(("commit", p.entry.block)) if p.entry is not None else None)
+            extract(
+                config,
+                lambda p: events.append(("commit", p.entry.block)) if p.entry is not None else None,
+            )
         _save(kept, events)
 
     code = faults.in_child(action)
@@ -225,19 +247,25 @@ def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
         traces.append(([*first, ("new_process",), *record(again)], len(first)))
         shutil.rmtree(Path(again.out).parent)
     points = [
-        (i, n, mode) for i, (events, start) in enumerate(traces)
-        for n in range(len(events), start - 1, -stride * (len(ends) if i else 1)) for mode in MODES
-    ]  # fmt: skip
+        (i, n, mode)
+        for i, (events, start) in enumerate(traces)
+        for n in range(len(events), start - 1, -stride * (len(ends) if i else 1))
+        for mode in MODES
+    ]
 
     def trial(point: tuple[int, int, str]) -> str:
         i, n, mode = point
         top = home / "-".join(map(str, (i, n, MODES.index(mode))))
         disk = Disk(traces[i][0][:n])
         disk.top.survive(top, mode, np.random.default_rng([i, n]))
-        code = faults.in_child(lambda: _checked(replace(config, out=str(top / "run")), expected, disk.committed))
+        code = faults.in_child(
+            lambda: _checked(replace(config, out=str(top / "run")), expected, disk.committed)
+        )
         shutil.rmtree(top)
         if code:
-            print(f"trace {i}, power lost after event {n}, {mode}: exit code {code}", file=sys.stderr)
+            print(
+                f"trace {i}, power lost after event {n}, {mode}: exit code {code}", file=sys.stderr
+            )
         return "wrong" if code else "lost and resumed"
 
     events = Counter({"events": sum(len(events) for events, _ in traces)})
@@ -249,8 +277,14 @@ def _checked(config: RunConfig, expected: dict[str, bytes], committed: set[int])
     run = Path(config.out)
     faults.check_survivors(run, expected)
     if committed:
-        found = Ledger(run, read_manifest(run).fingerprint).committed().keys() if manifest_path(run).exists() else ()
-        assert committed <= set(found), f"of the reported blocks {committed} the ledger has {set(found)}"
+        found = (
+            Ledger(run, read_manifest(run).fingerprint).committed().keys()
+            if manifest_path(run).exists()
+            else ()
+        )
+        assert committed <= set(found), (
+            f"of the reported blocks {committed} the ledger has {set(found)}"
+        )
     extract(config)
     faults.check_survivors(run, expected)
     assert faults.contents(run).keys() == expected.keys()

@@ -17,23 +17,50 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headwater.kernels import launch_table
-from headwater.kernels.launch import HEAD_SIZES, Config, arch_of, parse
+from headwater.kernels.gpu import table as launch_table
+from headwater.kernels.gpu.launch import HEAD_SIZES, Config, arch_of, parse
 
 if TYPE_CHECKING:
-    from headwater.kernels.program import Launch
+    from headwater.kernels.gpu.program import Launch
 
 TABLE = Path(launch_table.__file__)
+COLUMNS = 100
 SPAWN = multiprocessing.get_context("spawn")
 DTYPES = {16: torch.float16, 32: torch.float32}
 LOG2_E = 1.4426950408889634
 Timer = Callable[[str, int, torch.dtype, Config], float]
-DEEPER = ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2), (128, 64, 4, 3),
-          (128, 32, 4, 2), (128, 32, 4, 3), (128, 32, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2), (64, 64, 4, 1),
-          (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 2), (64, 32, 4, 3), (64, 32, 4, 4), (64, 128, 4, 3),
-          (64, 128, 8, 3))
-DEEPER_COLUMNS = ((64, 128, 8, 3), (64, 128, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2),
-                  (32, 128, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3))
+DEEPER = (
+    (128, 128, 8, 2),
+    (128, 128, 8, 3),
+    (128, 64, 8, 3),
+    (128, 64, 8, 4),
+    (128, 64, 4, 2),
+    (128, 64, 4, 3),
+    (128, 32, 4, 2),
+    (128, 32, 4, 3),
+    (128, 32, 8, 3),
+    (64, 128, 4, 2),
+    (64, 128, 8, 2),
+    (64, 64, 4, 1),
+    (64, 64, 4, 3),
+    (64, 64, 4, 4),
+    (64, 64, 8, 2),
+    (64, 32, 4, 3),
+    (64, 32, 4, 4),
+    (64, 128, 4, 3),
+    (64, 128, 8, 3),
+)
+DEEPER_COLUMNS = (
+    (64, 128, 8, 3),
+    (64, 128, 4, 2),
+    (128, 64, 8, 2),
+    (128, 128, 8, 2),
+    (64, 64, 4, 3),
+    (64, 64, 8, 2),
+    (32, 128, 4, 2),
+    (32, 128, 8, 3),
+    (32, 64, 4, 3),
+)
 
 
 def show(config: Config) -> str:
@@ -42,7 +69,9 @@ def show(config: Config) -> str:
     return text + (f" r{config.maxnreg}" if config.maxnreg else "") + " tma" * config.tma
 
 
-def pick(kernel: str, size: int, dtype: torch.dtype, candidates: list[Config], timer: Timer) -> Config:
+def pick(
+    kernel: str, size: int, dtype: torch.dtype, candidates: list[Config], timer: Timer
+) -> Config:
     """Return the fastest candidate; one that does not compile or run loses, and so does its twin with descriptors.
 
     For a tensor that cannot be described takes the same blocks by pointers.
@@ -57,7 +86,10 @@ def pick(kernel: str, size: int, dtype: torch.dtype, candidates: list[Config], t
     if not times:
         raise RuntimeError(f"no candidate of {kernel}, d_head {size}, {dtype} runs on this device")
     ranked = sorted(times, key=lambda config: times[config])
-    print(f"{kernel} {size} {dtype}: " + ", ".join(f"{show(c)} {times[c]:.4f}" for c in ranked[:4]), flush=True)
+    print(
+        f"{kernel} {size} {dtype}: " + ", ".join(f"{show(c)} {times[c]:.4f}" for c in ranked[:4]),
+        flush=True,
+    )
     return ranked[0]
 
 
@@ -65,11 +97,17 @@ def write_rows(rows: dict[tuple[str, str, int], dict[int, str]], path: Path = TA
     """Replace rows of the table's file, the others and the text around them stay; raise ValueError for a new row."""
     text = path.read_text("utf-8")
     for (arch, kernel, bits), sizes in rows.items():
-        inside = ", ".join(f'{size}: "{show(parse(config))}"' for size, config in sizes.items())
-        line = f'    ("{arch}", "{kernel}", {bits}): {{{inside}}},'
-        text, n = re.subn(rf'^    \("{arch}", "{kernel}", {bits}\): \{{.*\}},$', line, text, flags=re.M)
+        items = [f'{size}: "{show(parse(config))}"' for size, config in sizes.items()]
+        line = f'    ("{arch}", "{kernel}", {bits}): {{{", ".join(items)}}},'
+        if len(line) > COLUMNS:  # as `ruff format` lays it out
+            inside = "".join(f"        {item},\n" for item in items)
+            line = f'    ("{arch}", "{kernel}", {bits}): {{\n{inside}    }},'
+        row = rf'^    \("{arch}", "{kernel}", {bits}\): \{{[^{{}}]*\}},$'
+        text, n = re.subn(row, line, text, flags=re.M)
         if n != 1:
-            raise ValueError(f"{path.name} has {n} rows for {arch}, {kernel}, {bits} bits; expected one")
+            raise ValueError(
+                f"{path.name} has {n} rows for {arch}, {kernel}, {bits} bits; expected one"
+            )
     path.write_text(text, "utf-8")
 
 
@@ -77,21 +115,44 @@ def candidates_of(kernel: str, bits: int, tma: bool) -> list[Config]:
     """Return what a row is chosen from: blocks that the compiler's choice starts from, and larger and deeper ones."""
     from headwater.benchmarks.aot_cases import CANDIDATES, COLUMN_CANDIDATES, FULL_CANDIDATES
 
-    known = COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
+    known = (
+        COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
+    )
     deeper = () if bits == 32 else DEEPER_COLUMNS if kernel == "column" else DEEPER
-    return [Config(m, n, w, s, tma=described) for (m, n, w, s), described in
-            product(dict.fromkeys((*known, *deeper)), (True, False) if tma else (False,))]
+    return [
+        Config(m, n, w, s, tma=described)
+        for (m, n, w, s), described in product(
+            dict.fromkeys((*known, *deeper)), (True, False) if tma else (False,)
+        )
+    ]
 
 
-def retune(kernels: Sequence[str], sizes: Sequence[int] = HEAD_SIZES, all_bits: Sequence[int] = (16, 32)) -> int:
+def retune(
+    kernels: Sequence[str], sizes: Sequence[int] = HEAD_SIZES, all_bits: Sequence[int] = (16, 32)
+) -> int:
     """Tune rows of this device's part of the table for some head sizes; each is written as soon as it is found."""
     arch = arch_of(torch.device("cuda"))
-    rows = {(kernel, bits): candidates_of(kernel, bits, arch in ("sm_90", "sm_100"))
-            for kernel, bits in product(kernels, all_bits)}
+    rows = {
+        (kernel, bits): candidates_of(kernel, bits, arch in ("sm_90", "sm_100"))
+        for kernel, bits in product(kernels, all_bits)
+    }
     with ProcessPoolExecutor(os.cpu_count(), SPAWN) as pool:
-        list(pool.map(compile_ahead, *zip(*((kernel, size, DTYPES[bits], config) for (kernel, bits), configs
-                                           in rows.items() for size in sizes for config in configs), strict=True)))
-    timer, found = Apart(time_on_gpu), {}
+        list(
+            pool.map(
+                compile_ahead,
+                *zip(
+                    *(
+                        (kernel, size, DTYPES[bits], config)
+                        for (kernel, bits), configs in rows.items()
+                        for size in sizes
+                        for config in configs
+                    ),
+                    strict=True,
+                ),
+            )
+        )
+    timer = Apart(time_on_gpu)
+    found = {}
     for (kernel, bits), candidates in rows.items():
         best = {size: show(pick(kernel, size, DTYPES[bits], candidates, timer)) for size in sizes}
         found[arch, kernel, bits] = launch_table.TABLE[arch, kernel, bits] | best
@@ -170,18 +231,30 @@ def tensor_of(x: Any) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else x.base
 
 
-def make_launch(kernel: str, size: int, dtype: torch.dtype, config: Config, device: str, n_positions: int = 1024):
+def make_launch(
+    kernel: str, size: int, dtype: torch.dtype, config: Config, device: str, n_positions: int = 1024
+):
     """Prepare a launch of a configuration on random inputs."""
-    from headwater.kernels.attention_pattern import plan_pattern
-    from headwater.kernels.attention_statistics import plan_statistics
-    from headwater.kernels.column_mass import plan_column_mass
+    from headwater.kernels.gpu.column_mass import plan_column_mass
+    from headwater.kernels.gpu.pattern import plan_pattern
+    from headwater.kernels.gpu.row_statistics import plan_statistics
 
     q, k, v = torch.randn(8, n_positions, 3, 12, size, device=device).to(dtype).unbind(2)
     if kernel == "pattern":
         kept = torch.float32 if dtype == torch.float32 else torch.float16
-        return plan_pattern(q, k, v, scale=size**-0.5, row_start=None, edge=256, pattern_dtype=kept, config=config)
+        return plan_pattern(
+            q, k, v, scale=size**-0.5, row_start=None, edge=256, pattern_dtype=kept, config=config
+        )
     if kernel == "column":
         lse = torch.full((8, 12, n_positions), 9.0, device=device)
         return plan_column_mass(q, k, lse, scale=size**-0.5, row_start=None, config=config)
-    return plan_statistics(q, k, v, scale=size**-0.5, row_start=None, statistics=kernel == "statistics",
-                           features=None, config=config)
+    return plan_statistics(
+        q,
+        k,
+        v,
+        scale=size**-0.5,
+        row_start=None,
+        statistics=kernel == "statistics",
+        features=None,
+        config=config,
+    )

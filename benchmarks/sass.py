@@ -12,9 +12,11 @@ _NAMES = {
     "xu": r"MUFU|F2I|I2F|I2FP|F2F|FRND|POPC|FLO",
     "shared": r"LDS|STS|LDSM|STSM|LDTM|STTM|SHFL|LDT|STT|MOVM|REDUX",
     "global": r"LDG|STG|LDGSTS|ATOMG?|REDG?|UTMALDG|UTMASTG|UBLKCP|LDL|STL|CCTL|UTMAPF|LD|ST",
-    "control": (r"BRA|BAR|SYNCS|WARPSYNC|DEPBAR|NOP|WARPGROUP|BSSY|BSYNC|EXIT|FENCE|MEMBAR|ELECT|NANOSLEEP|LDGDEPBAR|"
-                r"YIELD|CALL|RET|LDC|LDCU|S2R|CS2R|UTMACMDFLUSH|UTMACCTL|WARPGROUPDEPBAR|ERRBAR|UTCBAR|BMOV|BREAK|"
-                r"ACQBULK|ARRIVES|PLOP3|VOTE|VOTEU|UCGABAR_\w+|R2UR|S2UR|PREEXIT|USETMAXREG|UVIRTCOUNT"),
+    "control": (
+        r"BRA|BAR|SYNCS|WARPSYNC|DEPBAR|NOP|WARPGROUP|BSSY|BSYNC|EXIT|FENCE|MEMBAR|ELECT|NANOSLEEP|LDGDEPBAR|"
+        r"YIELD|CALL|RET|LDC|LDCU|S2R|CS2R|UTMACMDFLUSH|UTMACCTL|WARPGROUPDEPBAR|ERRBAR|UTCBAR|BMOV|BREAK|"
+        r"ACQBULK|ARRIVES|PLOP3|VOTE|VOTEU|UCGABAR_\w+|R2UR|S2UR|PREEXIT|USETMAXREG|UVIRTCOUNT"
+    ),
 }
 _PIPE_OF = [(pipe, re.compile(rf"(?:{names})")) for pipe, names in _NAMES.items()]
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;]*);", re.M)
@@ -49,7 +51,9 @@ def product_loops(text: str) -> list[Counter[str]]:
     for first, last in sorted(spans, key=lambda span: span[1] - span[0]):
         if all(last < a or b < first for a, b in inner):
             inner.append((first, last))
-    return [Counter(pipe_of(name) for at, name, _ in lines if a <= at <= b) for a, b in sorted(inner)]
+    return [
+        Counter(pipe_of(name) for at, name, _ in lines if a <= at <= b) for a, b in sorted(inner)
+    ]
 
 
 def tile_instructions(kernel: str, text: str) -> Counter[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -18,13 +19,21 @@ from headwater.service.client import Client
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 LIMIT = 180.0
+WITH_LIMITS = """
+import json, sys
+from dataclasses import replace
+from headwater.service.server import serve
+from headwater.service.settings import Limits, make_settings
+settings = make_settings(sys.argv[1], port=int(sys.argv[2]))
+serve(replace(settings, limits=Limits(**json.loads(sys.argv[3]))))
+"""
 
 
 class Server:
-    """A server process on a free port; use it as a context manager."""
+    """A server process on a free port, with other limits where they are given; use it as a context manager."""
 
-    def __init__(self, root: Path | str, *flags: str) -> None:
-        self.root, self.flags, self.port = root, flags, free_port()
+    def __init__(self, root: Path | str, *flags: str, **limits: float) -> None:
+        self.root, self.flags, self.port, self.limits = root, flags, free_port(), limits
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url)
         self._process: subprocess.Popen[str] | None = None
@@ -43,9 +52,22 @@ class Server:
 
     def start(self) -> None:
         """Start the process, and wait until it answers."""
-        command = [sys.executable, "-m", "headwater.cli", "serve", str(self.root), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "headwater",
+            "serve",
+            str(self.root),
+            "--port",
+            str(self.port),
+        ]
+        if self.limits:
+            command = [sys.executable, "-c", WITH_LIMITS, str(self.root), str(self.port)]
+            command.append(json.dumps(self.limits))
         environment = {**os.environ, **ENVIRONMENT}
-        self._process = subprocess.Popen([*command, *self.flags], env=environment, stderr=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            [*command, *self.flags], env=environment, stderr=subprocess.PIPE, text=True
+        )
         end = time.monotonic() + LIMIT
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > end:
@@ -95,6 +117,22 @@ class Server:
         except RuntimeError:
             return False
         return True
+
+
+def memory_of(pid: int, what: str = "VmRSS") -> int:
+    """Return the bytes of memory that a process has, or (VmHWM) had at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) << 10
+
+
+def ask_and_wait(port: int, request: str) -> socket.socket:
+    """Send a request, or a part of one, over a connection that takes little at a time; read nothing."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(30)
+    client.connect(("127.0.0.1", port))
+    client.sendall(request.encode())
+    return client
 
 
 def free_port() -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
-from functools import lru_cache
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Store(ABC):
     name: str
 
     def __init__(self, folder: Path, spec: ArraySpec) -> None:
-        self.path, self.spec = folder / type(self).__name__.lower(), spec
+        self.path = folder / type(self).__name__.lower()
+        self.spec = spec
 
     @abstractmethod
     def write(self, values: np.ndarray) -> None:
@@ -39,7 +41,11 @@ class Store(ABC):
 
     def files(self) -> list[Path]:
         """Return the files on disk."""
-        return [self.path] if self.path.is_file() else [path for path in self.path.rglob("*") if path.is_file()]
+        return (
+            [self.path]
+            if self.path.is_file()
+            else [path for path in self.path.rglob("*") if path.is_file()]
+        )
 
     def sync(self) -> None:
         """Make the files durable."""
@@ -72,26 +78,34 @@ class Headwater(Store):
 
 
 class _Files(Run):
-    """The files of a run without its manifest."""
+    """The files of a run without its manifest and ledger, so that nothing is checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._shard = lru_cache(64)(self.open_shard)
+        self.checked = False
+        self._lock, self._shards = threading.Lock(), OrderedDict()
 
 
 class ZarrPython(Store):
     """zarr-python's sharding codec, one write a shard."""
 
-    name, pipeline = "zarr-python", "zarr.core.codec_pipeline.BatchedCodecPipeline"
+    name = "zarr-python"
+    pipeline = "zarr.core.codec_pipeline.BatchedCodecPipeline"
 
     def write(self, values: np.ndarray) -> None:
         import zarr
 
         with zarr.config.set({"codec_pipeline.path": self.pipeline}):
             array = zarr.create_array(
-                self.path, shape=values.shape, shards=(BLOCK, *values.shape[1:]), chunks=self.spec.chunk,
-                overwrite=True, dtype=values.dtype, compressors=None, filters=None,
-            )  # fmt: skip
+                self.path,
+                shape=values.shape,
+                shards=(BLOCK, *values.shape[1:]),
+                chunks=self.spec.chunk,
+                overwrite=True,
+                dtype=values.dtype,
+                compressors=None,
+                filters=None,
+            )
             for first in range(0, len(values), BLOCK):
                 array[first : first + BLOCK] = values[first : first + BLOCK]
         self.sync()
@@ -106,7 +120,8 @@ class ZarrPython(Store):
 class Zarrs(ZarrPython):
     """The same by the Rust pipeline zarrs."""
 
-    name, pipeline = "zarrs", "zarrs.ZarrsCodecPipeline"
+    name = "zarrs"
+    pipeline = "zarrs.ZarrsCodecPipeline"
 
     def write(self, values: np.ndarray) -> None:
         import zarrs  # noqa: F401
@@ -137,7 +152,9 @@ class TensorStore(Store):
         import tensorstore as ts
 
         metadata = {"metadata": how.pop("metadata")} if "metadata" in how else {}
-        return ts.open({"driver": "zarr3", "kvstore": f"file://{self.path}", **metadata}, **how).result()
+        return ts.open(
+            {"driver": "zarr3", "kvstore": f"file://{self.path}", **metadata}, **how
+        ).result()
 
 
 class H5py(Store):
@@ -149,7 +166,9 @@ class H5py(Store):
         import h5py
 
         with h5py.File(self.path, "w") as file:
-            data = file.create_dataset("x", values.shape, values.dtype, chunks=self.spec.chunk, fletcher32=True)
+            data = file.create_dataset(
+                "x", values.shape, values.dtype, chunks=self.spec.chunk, fletcher32=True
+            )
             for first in range(0, len(values), BLOCK):
                 data[first : first + BLOCK] = values[first : first + BLOCK]
         self.sync()
@@ -170,13 +189,17 @@ class Safetensors(Store):
 
         self.path.mkdir(exist_ok=True)
         for first in range(0, len(values), BLOCK):
-            save_file({"x": values[first : first + BLOCK]}, self.path / f"{first // BLOCK}.safetensors")
+            save_file(
+                {"x": values[first : first + BLOCK]}, self.path / f"{first // BLOCK}.safetensors"
+            )
         self.sync()
 
     def open(self) -> Any:
         from safetensors import safe_open
 
-        files: list[Any] = [safe_open(self.path / f"{i}.safetensors", "np") for i in range(len(self.files()))]
+        files: list[Any] = [
+            safe_open(self.path / f"{i}.safetensors", "np") for i in range(len(self.files()))
+        ]
         return [file.get_slice("x") for file in files]
 
     def read(self, opened: Any, key: Any) -> np.ndarray:
@@ -203,4 +226,12 @@ class Memmap(Store):
         return np.load(self.path, mmap_mode="r")
 
 
-STORES: tuple[type[Store], ...] = (Headwater, ZarrPython, Zarrs, TensorStore, H5py, Safetensors, Memmap)
+STORES: tuple[type[Store], ...] = (
+    Headwater,
+    ZarrPython,
+    Zarrs,
+    TensorStore,
+    H5py,
+    Safetensors,
+    Memmap,
+)

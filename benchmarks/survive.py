@@ -40,8 +40,12 @@ class Work:
     @property
     def places(self) -> list[Place]:
         """The first and last position of every sequence at every depth."""
-        return [("resid", depth, s, p) for s in range(self.n) for depth in range(self.n_depths)
-                for p in (0, self.seq_len - 1)]  # fmt: skip
+        return [
+            ("resid", depth, s, p)
+            for s in range(self.n)
+            for depth in range(self.n_depths)
+            for p in (0, self.seq_len - 1)
+        ]
 
 
 def survive(peers: Sequence[Peer], work: Work, cache: Path, folder: Path) -> list[dict[str, Any]]:
@@ -53,7 +57,9 @@ def survive(peers: Sequence[Peer], work: Work, cache: Path, folder: Path) -> lis
             rows += _kill_one(peer, python, work, folder / peer.name)
         except PeerMissing as error:
             rows.append({"case": peer.name, "problem": str(error)})
-    columns = dict.fromkeys(("case", "written", "right", "missing", "silently_wrong", "kept", "rerun", "problem"), "")
+    columns = dict.fromkeys(
+        ("case", "written", "right", "missing", "silently_wrong", "kept", "rerun", "problem"), ""
+    )
     return [{"sequences": work.n, "storage": _storage(peers, row)} | columns | row for row in rows]
 
 
@@ -71,8 +77,10 @@ def _kill_one(peer: Peer, python: str, work: Work, folder: Path) -> list[dict[st
         for i in range(work.kills):
             target = folder / f"killed-{i}"
             _capture_and_kill(peer, python, work, target, FRACTIONS[i % len(FRACTIONS)] * total)
-            rows.append({"case": peer.name, "written": round(_size(target) / total, 3)}
-                        | _inspect(reader, work, target, expected))  # fmt: skip
+            rows.append(
+                {"case": peer.name, "written": round(_size(target) / total, 3)}
+                | _inspect(reader, work, target, expected)
+            )
             shutil.rmtree(target)
     return rows
 
@@ -84,7 +92,14 @@ def _started(peer: Peer, python: str, work: Work, folder: Path) -> PeerProcess:
 
 
 def _begin(process: PeerProcess, work: Work, out: Path) -> PeerProcess:
-    process.ask("begin", workload="residual", tokens=str(work.tokens), out=str(out), batch=work.batch, whole=True)
+    process.ask(
+        "begin",
+        workload="residual",
+        tokens=str(work.tokens),
+        out=str(out),
+        batch=work.batch,
+        whole=True,
+    )
     return process
 
 
@@ -97,7 +112,9 @@ def _capture_and_kill(peer: Peer, python: str, work: Work, target: Path, size: f
             time.sleep(0.001)
 
 
-def _inspect(reader: PeerProcess, work: Work, target: Path, expected: list[np.ndarray | None]) -> dict[str, Any]:
+def _inspect(
+    reader: PeerProcess, work: Work, target: Path, expected: list[np.ndarray | None]
+) -> dict[str, Any]:
     """Read back what a killed process left, then capture again into the same folder."""
     out = str(target / "0")
     found, _ = reader.read(out, work.places, work.batch, missing=True)
@@ -108,11 +125,16 @@ def _inspect(reader: PeerProcess, work: Work, target: Path, expected: list[np.nd
         _begin(reader, work, target).ask("step")
         again, _ = reader.read(out, work.places, work.batch)
         same = all(
-            np.array_equal(a, b) for a, b in zip(again, expected, strict=True) if a is not None and b is not None
+            np.array_equal(a, b)
+            for a, b in zip(again, expected, strict=True)
+            if a is not None and b is not None
         )
         rerun = "right" if same else "wrong"
-        kept = sum(size for path, (changed, size) in before.items()
-                   if path.exists() and (path.stat().st_mtime_ns, path.stat().st_size) == (changed, size))  # fmt: skip
+        kept = sum(
+            size
+            for path, (changed, size) in before.items()
+            if path.exists() and (path.stat().st_mtime_ns, path.stat().st_size) == (changed, size)
+        )
     except PeerMissing as error:
         rerun = f"refused: {error}".replace(f"{target.parent.parent}/", "")[:120]
     share = round(kept / max(sum(size for _, size in before.values()), 1), 3)
@@ -120,11 +142,15 @@ def _inspect(reader: PeerProcess, work: Work, target: Path, expected: list[np.nd
     return counts | {"kept": share, "rerun": rerun}
 
 
-def _states(work: Work, found: list[np.ndarray | None], expected: list[np.ndarray | None]) -> list[str]:
+def _states(
+    work: Work, found: list[np.ndarray | None], expected: list[np.ndarray | None]
+) -> list[str]:
     states = []
     per = len(found) // work.n
     for s in range(work.n):
-        pairs = list(zip(found[s * per : (s + 1) * per], expected[s * per : (s + 1) * per], strict=True))
+        pairs = list(
+            zip(found[s * per : (s + 1) * per], expected[s * per : (s + 1) * per], strict=True)
+        )
         present = [(a, b) for a, b in pairs if a is not None and not np.isnan(a).all()]
         if any(not np.array_equal(a, b) for a, b in present if b is not None):
             states.append("silently_wrong")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from headwater.extractor.config import RunConfig
-from headwater.extractor.text_stage import commit_text
-from headwater.extractor.weights import Checkpoint, ModelConfig
+from headwater.extractor.model.weights import Checkpoint, ModelConfig
+from headwater.extractor.request import RunConfig
+from headwater.extractor.text.commit import commit_text
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.reader import Run, open_run
 from headwater.store.writer import BlockWriter, file_sums
@@ -34,7 +34,8 @@ class Residuals:
         rows = max(POOL_ROWS, 2 * n_positions)
         self.pool = (rng.standard_normal((rows, d_model), np.float32) * spectrum) @ rotation
         self.mean = rotation[0] * np.float32(np.sqrt(d_model))
-        self.n_positions, self.rng = n_positions, rng
+        self.n_positions = n_positions
+        self.rng = rng
 
     def start(self, n: int) -> np.ndarray:
         """Return the embeddings of n sequences: float32 [n, position, d_model]."""
@@ -59,23 +60,43 @@ class Residuals:
 
 
 def make_run(
-    folder: Path, n_bytes: int, n_layer: int = 12, d_model: int = 768, n_positions: int = 1024, dtype: str = "float16"
+    folder: Path,
+    n_bytes: int,
+    n_layer: int = 12,
+    d_model: int = 768,
+    n_positions: int = 1024,
+    dtype: str = "float16",
 ) -> Run:
     """Write a run of `resid` of about `n_bytes` in the folder `run`, and return it."""
     n = max(n_bytes // ((n_layer + 1) * d_model * n_positions * np.dtype(dtype).itemsize), 1)
-    raw = {"model_type": "gpt2", "n_layer": n_layer, "n_head": 4, "n_embd": d_model, "n_positions": n_positions,
-           "vocab_size": D_VOCAB}  # fmt: skip
+    raw = {
+        "model_type": "gpt2",
+        "n_layer": n_layer,
+        "n_head": 4,
+        "n_embd": d_model,
+        "n_positions": n_positions,
+        "vocab_size": D_VOCAB,
+    }
     checkpoint = Checkpoint("synthetic", ModelConfig.from_hf(raw, "synthetic"), {}, "0" * 64, None)
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "ids.npy", np.random.default_rng(1).integers(0, D_VOCAB, (n, n_positions), dtype=np.int32))
+    np.save(
+        folder / "ids.npy",
+        np.random.default_rng(1).integers(0, D_VOCAB, (n, n_positions), dtype=np.int32),
+    )
     block = 1 << max(int(math.log2(16384 / n_positions)), 0)
     path = folder / "run"
     config = RunConfig(
-        out=str(path), model="synthetic", tokens=str(folder / "ids.npy"), sites=("resid",), dtype=dtype, block=block
+        out=str(path),
+        model="synthetic",
+        tokens=str(folder / "ids.npy"),
+        sites=("resid",),
+        dtype=dtype,
+        block=block,
     )
     path.mkdir()
     manifest = commit_text(config, checkpoint, path)
-    writer, ledger = BlockWriter(path, manifest.arrays, manifest.block), Ledger(path, manifest.fingerprint)
+    writer = BlockWriter(path, manifest.arrays, manifest.block)
+    ledger = Ledger(path, manifest.fingerprint)
     source = Residuals(n_positions, d_model)
     for at in range(manifest.n_blocks):
         first, last = manifest.block_range(at)
@@ -89,6 +110,8 @@ def make_run(
             writer.close_layer("depth", depth)
         files = file_sums(writer.finish())
         n_tokens = (last - first) * n_positions
-        ledger.commit(Entry(at, 1, manifest.fingerprint, first, last, n_tokens, files, {}, {}, "synthetic"))
+        ledger.commit(
+            Entry(at, 1, manifest.fingerprint, first, last, n_tokens, files, {}, {}, "synthetic")
+        )
     writer.close()
     return open_run(path)

@@ -19,7 +19,14 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from headwater.benchmarks.demo_card import DEMO, N_WINDOWS, describe, processor_name, write, write_card
+from headwater.benchmarks.demo_card import (
+    DEMO,
+    N_WINDOWS,
+    describe,
+    processor_name,
+    write,
+    write_card,
+)
 from headwater.benchmarks.demo_text import (
     D_VOCAB,
     END_OF_TEXT,
@@ -33,7 +40,13 @@ from headwater.benchmarks.demo_text import (
     train_tokenizer,
 )
 
-SHAPE: dict[str, Any] = {"n_layer": 6, "n_head": 8, "n_embd": 256, "n_positions": N_CTX, "vocab_size": D_VOCAB}
+SHAPE: dict[str, Any] = {
+    "n_layer": 6,
+    "n_head": 8,
+    "n_embd": 256,
+    "n_positions": N_CTX,
+    "vocab_size": D_VOCAB,
+}
 
 
 def token_losses(model: Any, batch: torch.Tensor) -> torch.Tensor:
@@ -45,15 +58,28 @@ def token_losses(model: Any, batch: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def evaluate(model: Any, windows: torch.Tensor, size: int = 16) -> float:
     """Return the mean loss over windows in nats per token."""
-    return float(torch.cat([token_losses(model, batch) for batch in torch.split(windows, size)]).mean())
+    return float(
+        torch.cat([token_losses(model, batch) for batch in torch.split(windows, size)]).mean()
+    )
 
 
-def save_model(folder: Path, model: Any, tokenizer: tokenizers.Tokenizer, rows: list[dict[str, Any]],
-               dtype: torch.dtype = torch.float16) -> None:
+def save_model(
+    folder: Path,
+    model: Any,
+    tokenizer: tokenizers.Tokenizer,
+    rows: list[dict[str, Any]],
+    dtype: torch.dtype = torch.float16,
+) -> None:
     """Write configuration, weights, tokenizer and the course of training."""
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()
-               if name != "lm_head.weight"}
-    config = model.config.to_diff_dict() | {"architectures": ["GPT2LMHeadModel"], "dtype": str(dtype).split(".")[1]}
+    tensors = {
+        name: tensor.to(dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    config = model.config.to_diff_dict() | {
+        "architectures": ["GPT2LMHeadModel"],
+        "dtype": str(dtype).split(".")[1],
+    }
     write(folder / "model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
     write(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     write(folder / "tokenizer.json", tokenizer.to_str().encode())
@@ -61,8 +87,14 @@ def save_model(folder: Path, model: Any, tokenizer: tokenizers.Tokenizer, rows: 
     write(folder / "training.csv", "".join(f"{line}\n" for line in lines).encode())
 
 
-def save_checkpoint(folder: Path, model: Any, tokenizer: tokenizers.Tokenizer, rows: list[dict[str, Any]],
-                    optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: Path,
+    model: Any,
+    tokenizer: tokenizers.Tokenizer,
+    rows: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> None:
     """Write float32 weights, which `headwater dynamics` reads, and what is needed to go on; optimizer.pt comes last."""
     save_model(folder, model, tokenizer, rows, torch.float32)
     content = io.BytesIO()
@@ -73,27 +105,41 @@ def save_checkpoint(folder: Path, model: Any, tokenizer: tokenizers.Tokenizer, r
 def make_model(end: int, seed: int) -> Any:
     """Return the untrained model."""
     torch.manual_seed(seed)
-    config = transformers.GPT2Config(**SHAPE, activation_function="gelu_new", resid_pdrop=0.0, embd_pdrop=0.0,
-                                     attn_pdrop=0.0, bos_token_id=end, eos_token_id=end)
+    config = transformers.GPT2Config(
+        **SHAPE,
+        activation_function="gelu_new",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def make_optimizer(model: Any, weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW with weight decay on the matrices only."""
     parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def train(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer, stream: torch.Tensor,
-          val: torch.Tensor) -> tuple[Any, list[dict[str, Any]]]:
+def train(
+    args: argparse.Namespace,
+    tokenizer: tokenizers.Tokenizer,
+    stream: torch.Tensor,
+    val: torch.Tensor,
+) -> tuple[Any, list[dict[str, Any]]]:
     """Train until the steps, or the minutes, are used up; the learning rate follows whichever is further along."""
     end = tokenizer.get_vocab()[END_OF_TEXT]
     model = make_model(end, args.seed)
     optimizer = make_optimizer(model, args.weight_decay)
     compiled = torch.compile(model) if args.compile else model
-    step, before = 0, 0.0
+    step = 0
+    before = 0.0
     rows: list[dict[str, Any]] = []
     recent: list[float] = []
     if args.resume:
@@ -102,22 +148,39 @@ def train(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer, stream: tor
         model.load_state_dict(tensors | {"lm_head.weight": tensors["transformer.wte.weight"]})
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
-        step, before, rows = state["step"], state["seconds"], state["rows"]
+        step = state["step"]
+        before = state["seconds"]
+        rows = state["rows"]
     start = time.monotonic() - before
     while True:
         seconds = time.monotonic() - start
-        progress = min(1.0, max(step / args.steps, seconds / (60 * args.minutes) if args.minutes else 0))
+        progress = min(
+            1.0, max(step / args.steps, seconds / (60 * args.minutes) if args.minutes else 0)
+        )
         lr = args.lr * min(1.0, (step + 1) / args.warmup) * (1 + math.cos(math.pi * progress)) / 2
         if progress == 1 or (step and step % args.validate_every == 0):
-            rows.append({"step": step, "tokens": step * args.batch * N_CTX, "seconds": round(seconds, 1),
-                         "lr": round(lr, 7), "train_loss": round(sum(recent) / max(1, len(recent)), 4),
-                         "val_loss": round(evaluate(model, spread(val, 64)), 4)})
+            rows.append(
+                {
+                    "step": step,
+                    "tokens": step * args.batch * N_CTX,
+                    "seconds": round(seconds, 1),
+                    "lr": round(lr, 7),
+                    "train_loss": round(sum(recent) / max(1, len(recent)), 4),
+                    "val_loss": round(evaluate(model, spread(val, 64)), 4),
+                }
+            )
             print(*(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
             recent = []
             save_model(args.checkpoint_dir / "latest", model, tokenizer, rows)
         if step % args.checkpoint_every == 0 or progress == 1:
-            save_checkpoint(args.checkpoint_dir / f"step-{step}", model, tokenizer, rows, optimizer,
-                            {"step": step, "seconds": seconds, "rng": torch.get_rng_state()})
+            save_checkpoint(
+                args.checkpoint_dir / f"step-{step}",
+                model,
+                tokenizer,
+                rows,
+                optimizer,
+                {"step": step, "seconds": seconds, "rng": torch.get_rng_state()},
+            )
         if progress == 1:
             return model, rows
         for group in optimizer.param_groups:
@@ -134,23 +197,43 @@ def train(args: argparse.Namespace, tokenizer: tokenizers.Tokenizer, stream: tor
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=DEMO, help="folder for the finished model")
-    parser.add_argument("--checkpoint-dir", type=Path, required=True,
-                        help="folder for checkpoints and, in latest/, the current weights")
-    parser.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints")
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        required=True,
+        help="folder for checkpoints and, in latest/, the current weights",
+    )
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=200, help="steps between checkpoints"
+    )
     parser.add_argument("--resume", type=Path, help="checkpoint to go on from, a folder step-N")
     parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
-    parser.add_argument("--minutes", type=float, help="time limit; the learning rate reaches 0 by then")
+    parser.add_argument(
+        "--minutes", type=float, help="time limit; the learning rate reaches 0 by then"
+    )
     parser.add_argument("--batch", type=int, default=16, help="sequences of 256 tokens per step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="weight decay of the matrices")
+    parser.add_argument(
+        "--weight-decay", type=float, default=0.1, help="weight decay of the matrices"
+    )
     parser.add_argument("--validate-every", type=int, default=100, help="steps between validations")
     parser.add_argument("--threads", type=int, default=2, help="threads to compute with")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights and the order of the text")
-    parser.add_argument("--float32", action="store_true", help="train in float32, without bfloat16 autocast")
-    parser.add_argument("--compile", action="store_true", help="train with torch.compile, which needs a C++ compiler")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the initial weights and the order of the text"
+    )
+    parser.add_argument(
+        "--float32", action="store_true", help="train in float32, without bfloat16 autocast"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="train with torch.compile, which needs a C++ compiler",
+    )
     return parser.parse_args()
 
 
@@ -164,25 +247,54 @@ def main() -> None:
     stream = to_stream(tokenizer, train_texts)
     val = to_windows(to_stream(tokenizer, val_texts), end)
     size = sum(len(text.encode()) for text in train_texts + val_texts)
-    print(f"{len(train_texts) + len(val_texts)} files, {size} bytes, {len(stream)} training tokens, "
-          f"{len(val)} validation windows", flush=True)
+    print(
+        f"{len(train_texts) + len(val_texts)} files, {size} bytes, {len(stream)} training tokens, "
+        f"{len(val)} validation windows",
+        flush=True,
+    )
     model, rows = train(args, tokenizer, stream, val)
     save_model(args.out, model, tokenizer, rows)
 
     saved = transformers.GPT2LMHeadModel.from_pretrained(args.out, dtype=torch.float32)
-    val_loss, train_loss = evaluate(saved, val), evaluate(saved, spread(to_windows(stream, end), len(val)))
-    settings = {name: getattr(args, name) for name in ("steps", "minutes", "batch", "lr", "warmup", "weight_decay",
-                                                       "threads", "seed", "float32", "compile")}
+    val_loss = evaluate(saved, val)
+    train_loss = evaluate(saved, spread(to_windows(stream, end), len(val)))
+    settings = {
+        name: getattr(args, name)
+        for name in (
+            "steps",
+            "minutes",
+            "batch",
+            "lr",
+            "warmup",
+            "weight_decay",
+            "threads",
+            "seed",
+            "float32",
+            "compile",
+        )
+    }
     facts = SHAPE | {
         "settings": settings | {"betas": [0.9, 0.95], "gradient_clip": 1.0, "dropout": 0.0},
-        "parameters": sum(p.numel() for p in saved.parameters()), "end_of_text": end,
-        "files": len(train_texts) + len(val_texts), "held_out_files": len(val_texts), "bytes": size,
-        "training_stream_tokens": len(stream), "steps_done": rows[-1]["step"], "tokens": rows[-1]["tokens"],
-        "seconds": rows[-1]["seconds"], "train_loss": round(train_loss, 4), "val_loss": round(val_loss, 4),
-        "train_bits_per_byte": round(train_loss / math.log(2) / bytes_per_token(tokenizer, to_windows(stream, end)), 4),
+        "parameters": sum(p.numel() for p in saved.parameters()),
+        "end_of_text": end,
+        "files": len(train_texts) + len(val_texts),
+        "held_out_files": len(val_texts),
+        "bytes": size,
+        "training_stream_tokens": len(stream),
+        "steps_done": rows[-1]["step"],
+        "tokens": rows[-1]["tokens"],
+        "seconds": rows[-1]["seconds"],
+        "train_loss": round(train_loss, 4),
+        "val_loss": round(val_loss, 4),
+        "train_bits_per_byte": round(
+            train_loss / math.log(2) / bytes_per_token(tokenizer, to_windows(stream, end)), 4
+        ),
         "val_bits_per_byte": round(val_loss / math.log(2) / bytes_per_token(tokenizer, val), 4),
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "processor": processor_name(), "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "processor": processor_name(),
+        "date": datetime.now(UTC).date().isoformat(),
         "weights_show": describe(args.out, spread(val, N_WINDOWS)),
     }
     write_card(args.out, facts)

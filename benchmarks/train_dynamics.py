@@ -22,12 +22,15 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from headwater.extractor.memory import capture
-from headwater.extractor.model import Model
-from headwater.extractor.weights import Checkpoint, ModelConfig
+from headwater.extractor.in_memory import capture
+from headwater.extractor.model.forward import Model
+from headwater.extractor.model.weights import Checkpoint, ModelConfig
 
-BOS, TRIGGERS = 0, 3
-BETAS, EPSILON, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1
+BOS = 0
+TRIGGERS = 3
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+WEIGHT_DECAY = 0.1
 RESETS = ("none", "first", "second", "both")
 SITES = ("attn_sink", "resid_max", "resid_argmax")
 N_ROWS = 32
@@ -95,7 +98,9 @@ class Adam:
     def step(self, lr: float) -> float:
         """Update the parameters by their gradients; return the Euclidean norm of the update."""
         self.ages = [age + 1 for age in self.ages]
-        first_scale, second_scale = (1 - beta**age for beta, age in zip(BETAS, self.ages, strict=True))
+        first_scale, second_scale = (
+            1 - beta**age for beta, age in zip(BETAS, self.ages, strict=True)
+        )
         square = 0.0
         for p, m, v in zip(self.parameters, self.first, self.second, strict=True):
             assert p.grad is not None
@@ -112,39 +117,61 @@ class Adam:
 def make_model(sizes: Sizes, seed: int) -> Any:
     """Return the untrained model."""
     torch.manual_seed(seed)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd, n_positions=sizes.length,
-        vocab_size=sizes.d_vocab, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=BOS, eos_token_id=BOS))  # fmt: skip
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            n_layer=sizes.n_layer,
+            n_head=sizes.n_head,
+            n_embd=sizes.n_embd,
+            n_positions=sizes.length,
+            vocab_size=sizes.d_vocab,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=BOS,
+            eos_token_id=BOS,
+        )
+    )
 
 
 def measure(model: Any, rows: np.ndarray) -> dict[str, Any]:
     """Return the largest |x| of the residual stream and the first-token share of the second-half queries."""
     config = ModelConfig.from_hf(model.config.to_dict(), "config")
-    tensors = {name.removeprefix("transformer."): tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {
+        name.removeprefix("transformer."): tensor.detach()
+        for name, tensor in model.state_dict().items()
+    }
     checkpoint = Checkpoint("", config, {name: tensors[name] for name in config.shapes()}, "", None)
     got = capture(Model(checkpoint), rows, SITES)
     share = got.attn_sink.values[..., rows.shape[1] // 2 :].mean((1, 3))
     size = got.resid_max.values
     depth, row, position = np.unravel_index(size.argmax(), size.shape)
     return {
-        "largest": float(size.max()), "largest_depth": int(depth), "largest_position": int(position),
+        "largest": float(size.max()),
+        "largest_depth": int(depth),
+        "largest_position": int(position),
         "largest_dimension": int(got.resid_argmax.values[depth, row, position]),
-        "largest_first": float(size[:, :, 0].max()), "largest_rest": float(size[:, :, 1:].max()),
-        "share": float(share.mean()), "share_max": float(share.max()),
-    }  # fmt: skip
+        "largest_first": float(size[:, :, 0].max()),
+        "largest_rest": float(size[:, :, 1:].max()),
+        "share": float(share.mean()),
+        "share_max": float(share.max()),
+    }
 
 
 def train(
     model: Any, optimizer: Adam, task: Task, n_steps: int, warmup: int, test: torch.Tensor
 ) -> Iterator[dict[str, Any]]:
     """Train at a constant rate after a linear warm-up; yield figures every few steps, before the step is taken."""
-    sizes, rate, update = task.sizes, 0.0, 0.0
+    sizes = task.sizes
+    rate = 0.0
+    update = 0.0
     for step in range(n_steps + 1):
         if step % sizes.every == 0 or step == n_steps:
             with torch.no_grad():
                 held_out = float(losses(model, test).mean())
-            yield {"step": step, "lr": rate, "update": update, "loss": held_out} | measure(model, test.numpy())
+            yield {"step": step, "lr": rate, "update": update, "loss": held_out} | measure(
+                model, test.numpy()
+            )
         if step == n_steps:
             return
         rate = sizes.lr * min(1.0, (step + 1) / warmup) if warmup else sizes.lr
@@ -175,7 +202,9 @@ def run_seed(sizes: Sizes, seed: int, write: Callable[[dict[str, Any]], None]) -
         task.random.set_state(random)
         again = copy.deepcopy(model)
         other = Adam(list(again.parameters()))
-        other.first, other.second = ([m.clone() for m in moments] for moments in (optimizer.first, optimizer.second))
+        other.first, other.second = (
+            [m.clone() for m in moments] for moments in (optimizer.first, optimizer.second)
+        )
         other.ages = list(optimizer.ages)
         other.reset(reset)
         for figures in train(again, other, task, sizes.more, warmup, test):
@@ -184,9 +213,15 @@ def run_seed(sizes: Sizes, seed: int, write: Callable[[dict[str, Any]], None]) -
 
 def main(arguments: list[str] | None = None) -> None:
     """Run every seed and write one CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train-dynamics.csv")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one model for each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "train-dynamics.csv"
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one model for each"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads to compute with")
     for name, default in vars(Sizes()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
@@ -206,7 +241,11 @@ def main(arguments: list[str] | None = None) -> None:
             writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
             if row["step"] % 100 == 0:
                 file.flush()
-                print(f"{time.monotonic() - start:.0f} s", *(f"{k} {v}" for k, v in row.items()), flush=True)
+                print(
+                    f"{time.monotonic() - start:.0f} s",
+                    *(f"{k} {v}" for k, v in row.items()),
+                    flush=True,
+                )
 
         for seed in args.seeds:
             run_seed(sizes, seed, write)

@@ -24,11 +24,16 @@ import torch
 
 from headwater.benchmarks.measure import write_csv
 
-READOUT, SIGNALS, NOISE = 0, (1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 11)
+READOUT = 0
+SIGNALS = (1, 2, 3, 4)
+NOISE = (5, 6, 7, 8, 9, 10, 11)
 D_VOCAB = D_MODEL = 12
-N_HEAD, D_HEAD, LENGTH = 2, 6, 12
+N_HEAD = 2
+D_HEAD = 6
+LENGTH = 12
 PAIRS = np.array([(a, b) for a in SIGNALS for b in SIGNALS if a != b])
-NOISE_SHARE, SOLVED = 0.05, 0.72
+NOISE_SHARE = 0.05
+SOLVED = 0.72
 Tensors = dict[str, torch.Tensor]
 
 
@@ -58,18 +63,32 @@ def logits_of(p: Tensors, tokens_BT: torch.Tensor) -> torch.Tensor:
     v = p["w_v"] @ table.T + p["b_v"][..., None]
     scores = (q[..., None] * k / math.sqrt(D_HEAD))[:, :, tokens_BT]
     read = (scores.softmax(-1) * v[:, :, tokens_BT]).sum(-1)
-    x = torch.eye(D_MODEL)[READOUT] + torch.einsum("shb,shd->sbd", read, p["w_o"]) + p["b_o"][:, None]
+    x = (
+        torch.eye(D_MODEL)[READOUT]
+        + torch.einsum("shb,shd->sbd", read, p["w_o"])
+        + p["b_o"][:, None]
+    )
     x = torch.nn.functional.layer_norm(x, (D_MODEL,))
     return x * p["gamma"][:, None] + p["beta"][:, None]
 
 
 def train(seeds: list[int], steps: int = 2000, batch: int = 256) -> tuple[Tensors, np.ndarray]:
     """Train one model a seed; return their parameters [seed, …] and final losses, nats, of which ln 2 is the least."""
-    sizes = {"w_q": (N_HEAD, D_MODEL), "w_k": (N_HEAD, D_MODEL), "w_v": (N_HEAD, D_MODEL), "w_o": (N_HEAD, D_MODEL),
-             "b_q": (N_HEAD,), "b_k": (N_HEAD,), "b_v": (N_HEAD,), "b_o": (D_MODEL,), "beta": (D_MODEL,)}  # fmt: skip
+    sizes = {
+        "w_q": (N_HEAD, D_MODEL),
+        "w_k": (N_HEAD, D_MODEL),
+        "w_v": (N_HEAD, D_MODEL),
+        "w_o": (N_HEAD, D_MODEL),
+        "b_q": (N_HEAD,),
+        "b_k": (N_HEAD,),
+        "b_v": (N_HEAD,),
+        "b_o": (D_MODEL,),
+        "beta": (D_MODEL,),
+    }
     makers = [torch.Generator().manual_seed(seed) for seed in seeds]
     p = {
-        name: torch.stack([torch.randn(size, generator=make) * 0.5 for make in makers]) for name, size in sizes.items()
+        name: torch.stack([torch.randn(size, generator=make) * 0.5 for make in makers])
+        for name, size in sizes.items()
     }
     p["gamma"] = torch.ones(len(seeds), D_MODEL)
     for value in p.values():
@@ -93,11 +112,24 @@ def save_model(folder: Path, p: Tensors, at: int) -> None:
     import safetensors.torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "gpt2", "n_layer": 1, "n_head": N_HEAD, "n_embd": D_MODEL, "n_positions": LENGTH,
-              "vocab_size": D_VOCAB, "bos_token_id": None, "eos_token_id": None, "n_inner": D_MODEL}  # fmt: skip
+    config = {
+        "model_type": "gpt2",
+        "n_layer": 1,
+        "n_head": N_HEAD,
+        "n_embd": D_MODEL,
+        "n_positions": LENGTH,
+        "vocab_size": D_VOCAB,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "n_inner": D_MODEL,
+    }
     (folder / "config.json").write_text(json.dumps(config))
-    ones, zeros, square = torch.ones(D_MODEL), torch.zeros(D_MODEL), torch.zeros(D_MODEL, D_MODEL)
-    qkv, bias, out = torch.zeros(D_MODEL, 3 * D_MODEL), torch.zeros(3 * D_MODEL), square.clone()
+    ones = torch.ones(D_MODEL)
+    zeros = torch.zeros(D_MODEL)
+    square = torch.zeros(D_MODEL, D_MODEL)
+    qkv = torch.zeros(D_MODEL, 3 * D_MODEL)
+    bias = torch.zeros(3 * D_MODEL)
+    out = square.clone()
     for part, name in enumerate("qkv"):
         for head in range(N_HEAD):
             column = part * D_MODEL + head * D_HEAD
@@ -105,14 +137,26 @@ def save_model(folder: Path, p: Tensors, at: int) -> None:
     for head in range(N_HEAD):
         out[head * D_HEAD] = p["w_o"][at, head]
     tensors = {
-        "wte.weight": torch.eye(D_MODEL), "wpe.weight": torch.zeros(LENGTH, D_MODEL),
-        "h.0.ln_1.weight": ones, "h.0.ln_1.bias": zeros, "h.0.ln_2.weight": ones, "h.0.ln_2.bias": zeros,
-        "h.0.attn.c_attn.weight": qkv, "h.0.attn.c_attn.bias": bias, "h.0.attn.c_proj.weight": out,
-        "h.0.attn.c_proj.bias": p["b_o"][at], "h.0.mlp.c_fc.weight": square, "h.0.mlp.c_fc.bias": zeros,
-        "h.0.mlp.c_proj.weight": square, "h.0.mlp.c_proj.bias": zeros, "ln_f.weight": p["gamma"][at],
+        "wte.weight": torch.eye(D_MODEL),
+        "wpe.weight": torch.zeros(LENGTH, D_MODEL),
+        "h.0.ln_1.weight": ones,
+        "h.0.ln_1.bias": zeros,
+        "h.0.ln_2.weight": ones,
+        "h.0.ln_2.bias": zeros,
+        "h.0.attn.c_attn.weight": qkv,
+        "h.0.attn.c_attn.bias": bias,
+        "h.0.attn.c_proj.weight": out,
+        "h.0.attn.c_proj.bias": p["b_o"][at],
+        "h.0.mlp.c_fc.weight": square,
+        "h.0.mlp.c_fc.bias": zeros,
+        "h.0.mlp.c_proj.weight": square,
+        "h.0.mlp.c_proj.bias": zeros,
+        "ln_f.weight": p["gamma"][at],
         "ln_f.bias": p["beta"][at],
-    }  # fmt: skip
-    safetensors.torch.save_file({name: value.clone() for name, value in tensors.items()}, folder / "model.safetensors")
+    }
+    safetensors.torch.save_file(
+        {name: value.clone() for name, value in tensors.items()}, folder / "model.safetensors"
+    )
 
 
 def signal_orders(p: Tensors, at: int) -> np.ndarray:
@@ -125,17 +169,22 @@ def signal_orders(p: Tensors, at: int) -> np.ndarray:
 def analyse(folder: Path, p: Tensors, at: int, n: int = 256) -> dict[str, Any]:
     """Extract a run of one model, compare its heads, and return what was found beside the known answer."""
     import headwater
-    from headwater.analysis.favourites import favourites
-    from headwater.analysis.head_rows import kendall
-    from headwater.analysis.heads import heads, inverted_pairs
-    from headwater.analysis.weights import weights
+    from headwater.analysis.measures.favourites import favourites
+    from headwater.analysis.measures.head_rows import kendall
+    from headwater.analysis.measures.heads import heads, inverted_pairs
+    from headwater.analysis.weights.directions import weights
 
     save_model(folder / "model", p, at)
     np.save(folder / "ids.npy", make_sequences(n, np.random.default_rng(1))[0])
     run = headwater.extract(
-        headwater.RunConfig(model=str(folder / "model"), tokens=str(folder / "ids.npy"), out=str(folder / "run"),
-                            sites=("pattern",), dtype="float32")
-    )  # fmt: skip
+        headwater.RunConfig(
+            model=str(folder / "model"),
+            tokens=str(folder / "ids.npy"),
+            out=str(folder / "run"),
+            sites=("pattern",),
+            dtype="float32",
+        )
+    )
     found = heads(run, queries=[LENGTH - 1], n_sequences=n)
     likes = favourites(run, queries=[LENGTH - 1], n_sequences=n, tokens=SIGNALS, min_rows=4)
     order = signal_orders(p, at)
@@ -145,7 +194,9 @@ def analyse(folder: Path, p: Tensors, at: int, n: int = 256) -> dict[str, Any]:
         "tau_null": round(float(found.tau_null[0, 0, 1]), 3),
         "q": float(found.q[0, 0, 1]),
         "inverted": bool(inverted_pairs(found)),
-        "qk_correlation": round(float(weights(str(folder / "model"), 1, 1).qk_correlation[0, 0, 1]), 3),
+        "qk_correlation": round(
+            float(weights(str(folder / "model"), 1, 1).qk_correlation[0, 0, 1]), 3
+        ),
     } | {
         f"{name}_{head}": round(float(likes[name][0, head]), 3)
         for head in range(N_HEAD)
@@ -163,17 +214,28 @@ def run(seeds: list[int], steps: int) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             found = analyse(Path(folder), p, at)
         solved = bool(losses[at] < SOLVED)
-        rows.append({"seed": seed, "seconds": round(seconds, 2), "loss": round(float(losses[at]), 4), "solved": solved})
+        rows.append(
+            {
+                "seed": seed,
+                "seconds": round(seconds, 2),
+                "loss": round(float(losses[at]), 4),
+                "solved": solved,
+            }
+        )
         rows[-1] |= found
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table, and write it to benchmarks/results with --save."""
-    parser = argparse.ArgumentParser(prog="python -m headwater.benchmarks inverted", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m headwater.benchmarks inverted", description=__doc__
+    )
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results")
+    parser.add_argument(
+        "--save", action="store_true", help="write the figures to benchmarks/results"
+    )
     options = parser.parse_args(arguments)
     rows = run(list(range(options.seeds)), options.steps)
     for row in rows:

@@ -8,10 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-ABSOLUTE, RELATIVE = 1e-4, 1e-3
+ABSOLUTE = 1e-4
+RELATIVE = 1e-3
 STATISTICS = (
-    "attn_entropy", "attn_max", "attn_argmax", "attn_sink", "attn_distance", "attn_self", "attn_prev", "attn_received",
-)  # fmt: skip
+    "attn_entropy",
+    "attn_max",
+    "attn_argmax",
+    "attn_sink",
+    "attn_distance",
+    "attn_self",
+    "attn_prev",
+    "attn_received",
+)
 Place = tuple[str, int, int, int]
 
 
@@ -38,7 +46,12 @@ class Truth:
         for site in sites:
             n_layer = len(self.values["resid"]) - (site != "resid")
             n = len(self.positions)
-            every = [(site, layer, s, int(p)) for layer in range(n_layer) for s in range(n) for p in self.positions[s]]
+            every = [
+                (site, layer, s, int(p))
+                for layer in range(n_layer)
+                for s in range(n)
+                for p in self.positions[s]
+            ]
             take = random.permutation(len(every))[:limit]
             chosen += [every[i] for i in sorted(take)]
         return chosen
@@ -50,7 +63,8 @@ class Truth:
         right = self.expected(site, layer, sequence, at)
         if site == "attn_argmax":  # another key that is as large is as right
             row = self.values["pattern"][layer, sequence, at]
-            got, right = np.take_along_axis(row, np.asarray(got, np.int64)[:, None], 1)[:, 0], row.max(-1)
+            got = np.take_along_axis(row, np.asarray(got, np.int64)[:, None], 1)[:, 0]
+            right = row.max(-1)
         if got.shape != right.shape:
             return f"{place}: shape {got.shape}, expected {right.shape}"
         error = np.abs(got.astype(np.float64) - right)
@@ -64,10 +78,13 @@ class Truth:
         """Return the reference at one place: [d_model], [head, key] or [head]."""
         if site in ("resid", "pattern", "attn_received"):
             return np.asarray(self.values[site][layer, sequence, at])
-        row, position = self.values["pattern"][layer, sequence, at], int(self.positions[sequence][at])
+        row = self.values["pattern"][layer, sequence, at]
+        position = int(self.positions[sequence][at])
         key = np.arange(row.shape[-1])
         of: dict[str, Any] = {
-            "attn_entropy": lambda: -np.where(row > 0, row * np.log(np.where(row > 0, row, 1)), 0).sum(-1),
+            "attn_entropy": lambda: (
+                -np.where(row > 0, row * np.log(np.where(row > 0, row, 1)), 0).sum(-1)
+            ),
             "attn_max": lambda: row.max(-1),
             "attn_argmax": lambda: row.argmax(-1),
             "attn_sink": lambda: row[:, 0],
@@ -106,4 +123,7 @@ def _compute(model: Path, ids: np.ndarray, n_positions: int) -> dict[str, np.nda
             for found in seen.values():
                 found.append([])
             loaded(torch.from_numpy(ids[s : s + 1]).long(), use_cache=False)
-    return {"positions": positions, **{name: np.array(v).swapaxes(0, 1) for name, v in seen.items()}}
+    return {
+        "positions": positions,
+        **{name: np.array(v).swapaxes(0, 1) for name, v in seen.items()},
+    }

@@ -15,7 +15,14 @@ text = {number: token.replace("Ġ", " ").replace("Ċ", "\\n") for token, number 
 layer, sequence, query = run["pattern"].shape[0] - 1, 0, min(40, run["pattern"].shape[3] - 1)
 tokens = run["tokens"][sequence]
 rows = run["pattern"][layer, sequence, :, query]  # [head, key]
-print(f"layer {layer}, query {query} {text.get(int(tokens[query]))!r}: the three strongest keys of each head")
+print(
+    f"layer {layer}, query {query} {text.get(int(tokens[query]))!r}: the three strongest keys of each head"
+)
 for head, row in enumerate(rows):
-    strongest = [(k, text.get(int(tokens[k]), "<|endoftext|>"), row[k]) for k in np.argsort(row)[::-1][:3]]
-    print(f"  head {head}: " + ", ".join(f"{k} {token!r} {share:.2f}" for k, token, share in strongest))
+    strongest = [
+        (k, text.get(int(tokens[k]), "<|endoftext|>"), row[k]) for k in np.argsort(row)[::-1][:3]
+    ]
+    print(
+        f"  head {head}: "
+        + ", ".join(f"{k} {token!r} {share:.2f}" for k, token, share in strongest)
+    )

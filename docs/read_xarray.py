@@ -16,7 +16,9 @@ later = slice(run.sizes["query"] // 2, None)
 vocabulary = json.loads((path / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
 breaks = [number for token, number in vocabulary.items() if token.startswith("Ċ")]
 is_break = xr.DataArray(np.isin(run.tokens, breaks), dims=["sequence", "key"])
-print(f"attention of the second half's queries; {float(is_break.mean()):.0%} of the tokens begin with a line break")
+print(
+    f"attention of the second half's queries; {float(is_break.mean()):.0%} of the tokens begin with a line break"
+)
 for layer in run.layer.values:
     one = run.sel(layer=layer).isel(query=later)
     on_breaks = one.pattern.astype("float32").where(is_break, 0).sum("key")

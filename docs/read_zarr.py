@@ -12,7 +12,9 @@ print(f"{run.attrs['model']}: resid {resid.shape} {resid.metadata.dimension_name
 
 norm, cosine, before = [], [], None
 for i in range(len(depths)):
-    x = resid[i, done[0] : done[-1] + 1].astype(np.float32)  # [sequence, position, d_model], NaN at padding
+    x = resid[i, done[0] : done[-1] + 1].astype(
+        np.float32
+    )  # [sequence, position, d_model], NaN at padding
     size = np.linalg.norm(x, axis=-1)
     norm.append(np.nanmean(size))
     if before is not None:

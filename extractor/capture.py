@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from headwater.extractor.placement import Placement
+from headwater.extractor.cluster.placement import Placement
 from headwater.extractor.selection import Selection
 from headwater.extractor.sites import RESID_STATISTICS, SITES
 from headwater.kernels.mask import RowBlock
@@ -50,7 +50,8 @@ class CaptureTap:
 
     def __post_init__(self) -> None:
         self._lead = {
-            axis: {index: i for i, index in enumerate(self.selection.along(axis))} for axis in ("layer", "depth", None)
+            axis: {index: i for i, index in enumerate(self.selection.along(axis))}
+            for axis in ("layer", "depth", None)
         }
         self._sites = frozenset(self.selection.sites)
 
@@ -68,7 +69,11 @@ class CaptureTap:
         return "resid_cosine" in self._sites
 
     def take_depth(
-        self, depth: int, x_BTD: torch.Tensor, previous_BTD: torch.Tensor | None, told: object = None
+        self,
+        depth: int,
+        x_BTD: torch.Tensor,
+        previous_BTD: torch.Tensor | None,
+        told: object = None,
     ) -> None:
         """Store the residual stream and its statistics at one depth; what kernels told of it is not needed."""
         if self.wants("resid", depth):
@@ -83,7 +88,9 @@ class CaptureTap:
             cosine = torch.full_like(norm, torch.nan)
             if previous_BTD is not None:
                 before = previous_BTD[:, : self.at.length]
-                cosine = torch.linalg.vecdot(x, before) / (norm * torch.linalg.vector_norm(before, dim=-1))
+                cosine = torch.linalg.vecdot(x, before) / (
+                    norm * torch.linalg.vector_norm(before, dim=-1)
+                )
             self._store("resid_cosine", depth, cosine, count=previous_BTD is not None)
         if self.wants("resid_max", depth) or self.wants("resid_argmax", depth):
             largest, dimension = x.abs().max(-1)
@@ -100,51 +107,69 @@ class CaptureTap:
 
     def put(self, site: str, layer: int, value: torch.Tensor, count: bool) -> None:
         """Store what `Placement.choose` left of a value; `count` what the stored type cannot hold."""
-        spec, mask = self.specs[site], self.at.mask(site, value.ndim)
+        spec = self.specs[site]
+        mask = self.at.mask(site, value.ndim)
         lead = self._lead[spec.axis][layer]
         for part in self.sink.parts(site, lead, self.at.first, self.at.n):
             source = value[part.sequences, part.positions]
             target = torch.from_numpy(part.view)
             target.copy_(source)
-            cut = None if mask is None else mask[part.sequences, part.positions if mask.shape[1] > 1 else slice(None)]
+            cut = (
+                None
+                if mask is None
+                else mask[part.sequences, part.positions if mask.shape[1] > 1 else slice(None)]
+            )
             if count and target.is_floating_point():
                 self._check(site, layer, source, target, cut)
             if cut is not None:
                 target.masked_fill_(cut, spec.fill)
 
-    def take_rows(self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor) -> None:
+    def take_rows(
+        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
+    ) -> None:
         """Store one row block [N, Q, K] of the pattern or the scores as rows of causal tiles."""
         spec = self.specs[site]
-        edge, length = spec.chunk[-1], self.at.length
+        edge = spec.chunk[-1]
+        length = self.at.length
         last = min(block.last, length)
         if block.first >= last:
             return
         if self.at.heads is not None:
             value = value.index_select(0, self.at.heads)
-        row, lead = block.first // edge, self._lead["layer"][layer]
+        row = block.first // edge
+        lead = self._lead["layer"][layer]
         tiles = torch.from_numpy(self.sink.tile_row(site, lead, self.at.first + sequence, row))
-        n_rows, top = last - block.first, block.first - row * edge
+        n_rows = last - block.first
+        top = block.first - row * edge
         source = value.view(*tiles.shape[1:3], *value.shape[1:])[:, :, :n_rows]
         for j in range(row + 1):
             target = tiles[j, :, :, top : top + n_rows]
-            low, high = max(j * edge, block.key), min((j + 1) * edge, last)
+            low = max(j * edge, block.key)
+            high = min((j + 1) * edge, last)
             if low > j * edge or high < (j + 1) * edge:
                 target.fill_(spec.fill)
             if low < high:
-                target[..., low - j * edge : high - j * edge].copy_(source[..., low - block.key : high - block.key])
+                target[..., low - j * edge : high - j * edge].copy_(
+                    source[..., low - block.key : high - block.key]
+                )
         if site == "attn_scores":
             self._hide_scores(site, layer, tiles[:, :, :, top : top + n_rows], source)
-        elif not bool(torch.isfinite(source[..., 0].sum())):  # the softmax makes a row finite or NaN as a whole
+        elif not bool(
+            torch.isfinite(source[..., 0].sum())
+        ):  # the softmax makes a row finite or NaN as a whole
             self.note(site, layer, 0, int((~torch.isfinite(source)).sum()))
         if last == length or block.last % edge == 0:
             self.sink.send_tiles(site)
 
     def put_tiles(self, site: str, layer: int, tiles: torch.Tensor) -> None:
         """Store all causal tiles [N, tile, E, E] of one sequence, the one that `at` names, with its chosen heads."""
-        lead, side = self._lead["layer"][layer], -(-self.at.length // tiles.shape[-1])
+        lead = self._lead["layer"][layer]
+        side = -(-self.at.length // tiles.shape[-1])
         for row in range(side):
             target = torch.from_numpy(self.sink.tile_row(site, lead, self.at.first, row))
-            source = tiles.view(*target.shape[1:3], *tiles.shape[1:])[:, :, row * (row + 1) // 2 :][:, :, : row + 1]
+            source = tiles.view(*target.shape[1:3], *tiles.shape[1:])[:, :, row * (row + 1) // 2 :][
+                :, :, : row + 1
+            ]
             target.copy_(source.permute(2, 0, 1, 3, 4))
             self.sink.send_tiles(site)
 
@@ -155,7 +180,9 @@ class CaptureTap:
     def finish(self) -> None:
         """Wait until everything is stored: it is."""
 
-    def _hide_scores(self, site: str, layer: int, stored: torch.Tensor, source: torch.Tensor) -> None:
+    def _hide_scores(
+        self, site: str, layer: int, stored: torch.Tensor, source: torch.Tensor
+    ) -> None:
         """Make hidden keys (−inf before the softmax) NaN, and count what overflowed besides."""
         n_hidden = int(torch.isneginf(source).sum())
         n_infinite = int(torch.isinf(stored).sum())
@@ -165,7 +192,12 @@ class CaptureTap:
         stored.masked_fill_(torch.isneginf(stored), torch.nan)
 
     def _check(
-        self, site: str, layer: int, source: torch.Tensor, stored: torch.Tensor, hidden: torch.Tensor | None
+        self,
+        site: str,
+        layer: int,
+        source: torch.Tensor,
+        stored: torch.Tensor,
+        hidden: torch.Tensor | None,
     ) -> None:
         low, high = torch.aminmax(stored)
         if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):

@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from headwater.extractor.batch import padded
-from headwater.extractor.config import RunConfig
+from headwater.extractor.model.batch import logit_rows, padded
 from headwater.extractor.plan import COMPUTE_BYTES, Plan
+from headwater.extractor.request import RunConfig
 from headwater.extractor.sites import SITES, SQUARE, RequestError
-from headwater.extractor.worker import OUTPUT_SITES, last_layer
-from headwater.kernels.cpu import STATISTICS
+from headwater.extractor.worker import HEAD_SITES, last_layer
+from headwater.kernels.cpu.rows import STATISTICS
 from headwater.store.layout import sequence_bytes
 
 LIMITS = {"compute": ("TFLOP/s", 1e12), "link": ("GB/s", 1e9), "disk": ("GB/s", 1e9)}
 GPU_TFLOPS = {"fp32": 60.0, "bf16": 400.0, "fp16": 400.0}
-LINK_GB, DISK_GB = 50.0, 1.0
-PROBE_ROWS, PROBE_ROUNDS = 1024, 4
+LINK_GB = 50.0
+DISK_GB = 1.0
+PROBE_ROWS = 1024
+PROBE_ROUNDS = 4
 GPU_BASE_BYTES = 768 << 20
 
 
@@ -66,8 +68,10 @@ def read_rates(text: str) -> dict[str, Rate]:
         except ValueError:
             value = 0.0
         if name not in LIMITS or not 0 < value < 1e9:
-            raise RequestError(f"--assume {text!r}: {part.strip()!r} is no rate; expected for example compute=300 "
-                               "(TFLOP/s), link=25 or disk=2.5 (GB/s).")
+            raise RequestError(
+                f"--assume {text!r}: {part.strip()!r} is no rate; expected for example compute=300 "
+                "(TFLOP/s), link=25 or disk=2.5 (GB/s)."
+            )
         rates[name] = Rate(value * LIMITS[name][1], "stated")
     return rates
 
@@ -76,8 +80,13 @@ def find_rates(config: RunConfig, stated: Mapping[str, Rate]) -> dict[str, Rate]
     """Return the rates that a run will meet: as stated, else measured on this CPU, else assumed."""
     rates = {"disk": Rate(DISK_GB * 1e9, "assumed")}
     if config.device != "cpu":
-        rates |= {"compute": Rate(GPU_TFLOPS[config.compute] * 1e12, "assumed"), "link": Rate(LINK_GB * 1e9, "assumed")}
-    rates |= {name: rate for name, rate in stated.items() if name != "link" or config.device != "cpu"}
+        rates |= {
+            "compute": Rate(GPU_TFLOPS[config.compute] * 1e12, "assumed"),
+            "link": Rate(LINK_GB * 1e9, "assumed"),
+        }
+    rates |= {
+        name: rate for name, rate in stated.items() if name != "link" or config.device != "cpu"
+    }
     if "compute" not in rates:
         rates["compute"] = Rate(_probe(config.compute), "measured")
     return {name: rates[name] for name in LIMITS if name in rates}
@@ -102,25 +111,34 @@ def project(plan: Plan, rates: Mapping[str, Rate]) -> Projection:
 
 def device_bytes(config: RunConfig, plan: Plan) -> int:
     """Project the memory that a run needs on its GPU: weights, the block's stream, a micro-batch's work and copies."""
-    model, shape, item = plan.model, plan.geometry, COMPUTE_BYTES[config.compute]
+    model = plan.model
+    shape = plan.geometry
+    item = COMPUTE_BYTES[config.compute]
     wide = padded(shape.seq_len)
-    rows, d = shape.micro * wide, model.d_model
-    weights = sum(prod(s) for s in model.shapes().values()) * item + 2 * model.d_vocab * d * max(item, 4)
+    rows = shape.micro * wide
+    d = model.d_model
+    weights = sum(prod(s) for s in model.shapes().values()) * item + 2 * model.d_vocab * d * max(
+        item, 4
+    )
     work = rows * (4 * d * 4 + (5 * d + 2 * model.d_mlp) * item + 8 * model.n_head * 4)
     sequence = max((sequence_bytes(spec) for spec in plan.arrays), default=0)
     copies = 3 * shape.micro * sequence
     copies += 16 * model.n_head * wide**2 if "attn_scores" in plan.selection.sites else 0
-    copies += 512 * model.d_vocab * (12 + item) if set(plan.selection.sites) & set(OUTPUT_SITES[1:]) else 0
+    if set(plan.selection.sites) & set(HEAD_SITES):
+        copies += logit_rows(model.d_vocab, 4 + item) * model.d_vocab * (8 + item)
     return GPU_BASE_BYTES + int(1.1 * (weights + 4 * shape.block * wide * d + work + copies))
 
 
 def flops_per_token(plan: Plan) -> float:
     """Return the floating-point operations of a forward for one token: weights, causal attention, unembedding."""
-    model, n_layer = plan.model, last_layer(plan.selection, plan.model.n_layer)
+    model = plan.model
+    n_layer = last_layer(plan.selection, plan.model.n_layer)
     shapes = model.shapes()
-    weights = sum(prod(shape) for name, shape in shapes.items() if name.startswith("h.0.") and len(shape) == 2)
+    weights = sum(
+        prod(shape) for name, shape in shapes.items() if name.startswith("h.0.") and len(shape) == 2
+    )
     attention = 2 * plan.geometry.seq_len * model.d_model
-    head = model.d_vocab * model.d_model if set(plan.selection.sites) & set(OUTPUT_SITES[1:]) else 0
+    head = model.d_vocab * model.d_model if set(plan.selection.sites) & set(HEAD_SITES) else 0
     return 2.0 * (n_layer * weights + head) + n_layer * attention
 
 
@@ -128,11 +146,13 @@ def _probe(compute: str) -> float:
     """Return the FLOP/s of this CPU in a matrix product, the best of a few."""
     import torch
 
-    from headwater.extractor.model import COMPUTE
-    from headwater.kernels import products
+    from headwater.extractor.model.forward import COMPUTE
+    from headwater.kernels.cpu import products
 
-    a, best = torch.ones(PROBE_ROWS, PROBE_ROWS, dtype=COMPUTE[compute]), float("inf")
-    openblas, out = compute == "fp32" and products.library() != "torch", torch.empty_like(a)
+    a = torch.ones(PROBE_ROWS, PROBE_ROWS, dtype=COMPUTE[compute])
+    best = float("inf")
+    openblas = compute == "fp32" and products.library() != "torch"
+    out = torch.empty_like(a)
     for _ in range(PROBE_ROUNDS):
         start = time.perf_counter()
         if openblas:

@@ -12,9 +12,16 @@ def available_memory() -> int:
         free = _table("/proc/meminfo")["MemAvailable:"] * 1024
     except (OSError, KeyError):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(free, _room("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-               _room("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-               )  # fmt: skip
+    return min(
+        free,
+        _room("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        _room(
+            "/sys/fs/cgroup/memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    )
 
 
 def _room(folder: str, limit: str, used: str, cached: str) -> int:
@@ -28,4 +35,6 @@ def _room(folder: str, limit: str, used: str, cached: str) -> int:
 
 def _table(path: str) -> dict[str, int]:
     """Read a file of lines that hold a name and a number."""
-    return {name: int(value) for name, value, *_ in map(str.split, Path(path).read_text().splitlines())}
+    return {
+        name: int(value) for name, value, *_ in map(str.split, Path(path).read_text().splitlines())
+    }

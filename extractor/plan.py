@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from headwater.extractor.batch import attention_rows, padded
-from headwater.extractor.config import RunConfig
-from headwater.extractor.edit_places import place_edits
-from headwater.extractor.edits import REFERENCE, Edit
+from headwater.extractor.edits.grammar import REFERENCE, Edit
+from headwater.extractor.edits.places import place_edits
 from headwater.extractor.machine import available_memory as available_memory
+from headwater.extractor.model.batch import attention_rows, logit_rows, padded
+from headwater.extractor.model.transfer import ring_capacity
+from headwater.extractor.model.weights import ModelConfig
+from headwater.extractor.request import RunConfig
 from headwater.extractor.selection import Selection, select
-from headwater.extractor.sites import SITES, RequestError
-from headwater.extractor.transfer import ring_capacity
+from headwater.extractor.sites import SITES, RequestError, parse_site
 from headwater.extractor.units import show_bytes
-from headwater.extractor.weights import ModelConfig
-from headwater.kernels.cpu import STATISTICS
+from headwater.kernels.cpu.rows import STATISTICS
 from headwater.store.layout import ArraySpec, make_spec, sequence_bytes
 from headwater.store.manifest import PLAIN_CHUNK_BYTES
 from headwater.store.objects import ObjectPath
@@ -26,7 +27,10 @@ from headwater.store.writer import ring_bytes
 
 BLOCK_TOKENS = 16384
 MICRO_TOKENS = 2048
-GPU_BLOCK_TOKENS, GPU_MICRO_TOKENS = 131072, 65536
+WIDE_BYTES = 256 << 20
+GPU_WIDE_BYTES = 2 << 30
+GPU_BLOCK_TOKENS = 131072
+GPU_MICRO_TOKENS = 65536
 BASE_BYTES = 640 << 20
 METADATA_BYTES = 4096
 ENDLESS = 1 << 62
@@ -44,7 +48,13 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will be: arrays, bytes and memory, known once the number of sequences is."""
+    """What a run will be: arrays, bytes and memory, known once the number of sequences is.
+
+    `host_bytes` is the memory of all processes on this machine or, where the blocks are computed `elsewhere`, on a
+    cluster, that of one of its workers.
+    `notes` are what a reader should know of the checkpoint.
+    `text` says of its text, where that was read for the plan, what the manifest keeps (`Source.describe`).
+    """
 
     model: ModelConfig
     selection: Selection
@@ -55,6 +65,9 @@ class Plan:
     host_bytes: int
     text_bytes: int
     edits: tuple[Edit, ...] = ()
+    elsewhere: bool = False
+    notes: tuple[str, ...] = ()
+    text: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_blocks(self) -> int:
@@ -78,11 +91,15 @@ class Plan:
     def certain_bytes(self) -> int:
         """Bytes on disk that no codec can make fewer."""
         sizes = self.array_bytes()
-        return self.text_bytes + sum(sizes[spec.name] for spec in self.arrays if spec.codec == "none")
+        return self.text_bytes + sum(
+            sizes[spec.name] for spec in self.arrays if spec.codec == "none"
+        )
 
     def heaviest(self) -> tuple[list[str], float]:
         """Name the largest arrays that together make up half of the bytes, and their share."""
-        sizes, total, names = self.array_bytes(), self.total_bytes, list[str]()
+        sizes = self.array_bytes()
+        total = self.total_bytes
+        names = list[str]()
         for name in sorted(sizes, key=lambda name: -sizes[name]):
             names.append(name)
             if sum(sizes[n] for n in names) >= total / 2:
@@ -95,23 +112,45 @@ def geometry(config: RunConfig, model: ModelConfig, seq_len: int | None = None) 
     length = seq_len or config.seq_len or model.n_ctx
     if length > model.n_ctx:
         raise RequestError(
-            f"the rows of --tokens have {length} positions, but the model has only {model.n_ctx} (n_ctx). Cut them."
+            f"the rows of --tokens have {length} positions, but the model has only {model.n_ctx} (n_ctx). Cut "
+            f"them, or make windows over them with --stride {model.n_ctx}."
             if seq_len
             else f"--seq-len is {length}, but the model has only {model.n_ctx} positions (n_ctx). Use {model.n_ctx} or "
             "less; longer documents are cut into rows."
         )
-    tokens, micro = (BLOCK_TOKENS, MICRO_TOKENS) if config.device == "cpu" else (GPU_BLOCK_TOKENS, GPU_MICRO_TOKENS)
+    tokens, micro = (
+        (BLOCK_TOKENS, MICRO_TOKENS)
+        if config.device == "cpu"
+        else (GPU_BLOCK_TOKENS, GPU_MICRO_TOKENS)
+    )
+    names = [parse_site(name)[0] for name in config.requested]
+    for n_bytes in wide_values(names, model).values():
+        micro = min(micro, (WIDE_BYTES if config.device == "cpu" else GPU_WIDE_BYTES) // n_bytes)
     block = config.block or _power_of_two(tokens // length)
     return Geometry(length, block, min(block, _power_of_two(micro // length)))
+
+
+def wide_values(sites: Sequence[str], model: ModelConfig) -> dict[str, int]:
+    """Return the bytes a token, in float32, of those sites whose values dwarf a model's other ones."""
+    wide = {"logits": 4 * model.d_vocab, "attn_result": 4 * model.n_head * model.d_model}
+    return {site: n_bytes for site, n_bytes in wide.items() if site in sites}
 
 
 def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequences: int) -> Plan:
     """Plan a run of `n_sequences`; raise RequestError where the request does not fit the model."""
     selection = select(
-        model, shape.seq_len, config.requested, config.layers, config.depths, config.heads, config.positions
+        model,
+        shape.seq_len,
+        config.requested,
+        config.layers,
+        config.depths,
+        config.heads,
+        config.positions,
     )
     if {"top_logits", "top_tokens"} & set(selection.sites) and config.top_k > model.d_vocab:
-        raise RequestError(f"--top-k is {config.top_k}, but the vocabulary has {model.d_vocab} tokens.")
+        raise RequestError(
+            f"--top-k is {config.top_k}, but the vocabulary has {model.d_vocab} tokens."
+        )
     edits = tuple(edit for edit in config.edits if isinstance(edit, Edit))
     place_edits(edits, model, shape.seq_len)
     if edits and config.device != "cpu":
@@ -119,23 +158,43 @@ def make_plan(config: RunConfig, model: ModelConfig, shape: Geometry, n_sequence
             f"--edit {str(edits[0])!r} with --device {config.device}: edits change the forward of the CPU only. Leave "
             "--device out."
         )
-    arrays = tuple(_spec(site, config, model, selection, shape, n_sequences) for site in selection.sites)
+    arrays = tuple(
+        _spec(site, config, model, selection, shape, n_sequences) for site in selection.sites
+    )
     canonical = config.canonical(selection, shape.seq_len, shape.block)
     host = host_bytes(config, model, selection, shape, arrays)
     if config.workers and config.ray is None:
-        host = host * config.workers + BASE_BYTES + 4 * sum(prod(s) for s in model.shapes().values())
+        host = (
+            host * config.workers + BASE_BYTES + 4 * sum(prod(s) for s in model.shapes().values())
+        )
     text = text_bytes(arrays, shape, n_sequences)
-    return Plan(model, selection, shape, arrays, n_sequences, canonical, host, text, edits)
+    return Plan(
+        model=model,
+        selection=selection,
+        geometry=shape,
+        arrays=arrays,
+        n_sequences=n_sequences,
+        canonical=canonical,
+        host_bytes=host,
+        text_bytes=text,
+        edits=edits,
+        elsewhere=config.ray is not None,
+    )
 
 
 def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int) -> int:
     """Project the bytes of what is not an activation: tokens and the like, `complete`, metadata, the ledger."""
-    n_blocks, total = -(-n_sequences // shape.block), 0
+    n_blocks = -(-n_sequences // shape.block)
+    total = 0
     for width in (4 * shape.seq_len, 4 * shape.seq_len, 4, 8, 8):
         rows = min(max(PLAIN_CHUNK_BYTES // width, 1), n_sequences)
         total += -(-n_sequences // rows) * (rows * width + 4)
     shards = sum(len(spec.block_shards(0, min(shape.block, n_sequences))) for spec in arrays)
-    return total + n_blocks * (shape.block + 4 + 512 + 80 * shards) + METADATA_BYTES * (16 + len(arrays))
+    return (
+        total
+        + n_blocks * (shape.block + 4 + 512 + 80 * shards)
+        + METADATA_BYTES * (16 + len(arrays))
+    )
 
 
 def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = False) -> None:
@@ -145,7 +204,8 @@ def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = 
 
     An array with a codec does not count, since nobody knows what is left of it.
     """
-    needed, free = int(plan.certain_bytes * (1 - done)), free_disk(out)
+    needed = int(plan.certain_bytes * (1 - done))
+    free = free_disk(out)
     if needed > free:
         raise RequestError(
             f"the run needs {'at least ' if at_least else ''}{show_bytes(needed)} on disk, but the disk of {out} has "
@@ -153,7 +213,7 @@ def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = 
             "smaller than patterns), or choose another --out."
         )
     memory = available_memory()
-    if plan.host_bytes > memory:
+    if plan.host_bytes > memory and not plan.elsewhere:
         raise RequestError(
             f"the run needs {show_bytes(plan.host_bytes)} of memory, but {show_bytes(memory)} are available. Use a "
             f"smaller --block than {plan.geometry.block}, fewer sites or --workers, or a smaller model, or end other "
@@ -162,13 +222,24 @@ def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = 
 
 
 def host_bytes(
-    config: RunConfig, model: ModelConfig, selection: Selection, shape: Geometry, arrays: tuple[ArraySpec, ...]
+    config: RunConfig,
+    model: ModelConfig,
+    selection: Selection,
+    shape: Geometry,
+    arrays: tuple[ArraySpec, ...],
 ) -> int:
     """Project the peak memory of extraction in one process, in bytes: the sum of what is allocated, rounded up."""
     if config.device != "cpu":  # the ring of a device; stream and work are there
         ring = ring_capacity(sequence_bytes(spec) for spec in arrays)
-        return BASE_BYTES + int(4.4 * sum(prod(s) for s in model.shapes().values())) + ring + ring_bytes(arrays)
-    d, wide, item = model.d_model, padded(shape.seq_len), COMPUTE_BYTES[config.compute]
+        return (
+            BASE_BYTES
+            + int(4.4 * sum(prod(s) for s in model.shapes().values()))
+            + ring
+            + ring_bytes(arrays)
+        )
+    d = model.d_model
+    wide = padded(shape.seq_len)
+    item = COMPUTE_BYTES[config.compute]
     n_weights = sum(prod(s) for s in model.shapes().values())
     weights = 4 * n_weights + (item * n_weights if config.compute != "fp32" else 0)
     weights += model.d_vocab * d * (item if config.compute != "fp32" else 0)
@@ -181,8 +252,10 @@ def host_bytes(
     work += 2 * n_attention + (2 * n_attention if set(selection.sites) & set(STATISTICS) else 0)
     work += model.n_head * wide * (2 * model.d_head + 16) * 8 + 8 * 4 * rows * model.n_head
     work += shape.micro * wide * wide * 4
-    if {"loss", "top_logits", "top_tokens"} & set(selection.sites):
-        work += 512 * model.d_vocab * (12 + item)
+    if {"loss", "top_logits", "top_tokens", "logits"} & set(selection.sites):
+        value_bytes = item if config.compute in ("fp32", "fp64") else 4 + item
+        work += logit_rows(model.d_vocab, value_bytes) * model.d_vocab * value_bytes
+    work += 2 * rows * max(wide_values(selection.sites, model).values(), default=0)
     return BASE_BYTES + int(1.1 * (weights + stream + work)) + ring_bytes(arrays)
 
 
@@ -197,22 +270,53 @@ def free_disk(out: Place) -> int:
 
 
 def _spec(
-    name: str, config: RunConfig, model: ModelConfig, selection: Selection, shape: Geometry, n_sequences: int
+    name: str,
+    config: RunConfig,
+    model: ModelConfig,
+    selection: Selection,
+    shape: Geometry,
+    n_sequences: int,
 ) -> ArraySpec:
     site = SITES[name]
     dims = tuple(
-        "selected_position" if d == "position" and site.group == "vector" and selection.positions is not None else d
+        "selected_position"
+        if d == "position" and site.group == "vector" and selection.positions is not None
+        else d
         for d in site.dims
     )
     sizes = {
-        "layer": len(selection.layers), "depth": len(selection.depths), "head": len(selection.heads),
-        "sequence": n_sequences, "position": shape.seq_len, "query": shape.seq_len, "key": shape.seq_len,
-        "selected_position": len(selection.positions or ()), "d_model": model.d_model, "d_head": model.d_head,
-        "d_mlp": model.d_mlp, "rank": config.top_k,
-    }  # fmt: skip
-    attributes = {"title": site.title, "transformer_lens": site.alias} if site.alias else {"title": site.title}
-    block = min(shape.block, 1 << (n_sequences - 1).bit_length())  # a run shorter than a block has shorter chunks
-    return make_spec(name, dims, sizes, config.dtype_of(name), config.codec_of(name), site.fill, block, attributes)
+        "layer": len(selection.layers),
+        "depth": len(selection.depths),
+        "head": len(selection.heads),
+        "sequence": n_sequences,
+        "position": shape.seq_len,
+        "query": shape.seq_len,
+        "key": shape.seq_len,
+        "selected_position": len(selection.positions or ()),
+        "d_model": model.d_model,
+        "d_head": model.d_head,
+        "d_mlp": model.d_mlp,
+        "d_vocab": model.d_vocab,
+        "rank": config.top_k,
+    }
+    attributes = (
+        {"title": site.title, "transformer_lens": site.alias}
+        if site.alias
+        else {"title": site.title}
+    )
+    block = min(
+        shape.block, 1 << (n_sequences - 1).bit_length()
+    )  # a run shorter than a block has shorter chunks
+    return make_spec(
+        name,
+        dims,
+        sizes,
+        config.dtype_of(name),
+        config.codec_of(name),
+        site.fill,
+        block,
+        attributes,
+    )
 
 
 def _power_of_two(n: int) -> int:

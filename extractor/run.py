@@ -12,24 +12,35 @@ from pathlib import Path
 
 import torch
 
-from headwater.extractor import hub
-from headwater.extractor.config import RunConfig
-from headwater.extractor.edit_places import encode_edits
-from headwater.extractor.edits import read_edits
-from headwater.extractor.kernel_model import check_device, load_model
-from headwater.extractor.plan import Geometry, Plan, available_memory, check_resources, make_plan
-from headwater.extractor.same_request import check_same, stored_request
+from headwater.extractor.edits.grammar import read_edits
+from headwater.extractor.edits.places import encode_edits
+from headwater.extractor.model import hub
+from headwater.extractor.model.forward_device import check_device, load_model
+from headwater.extractor.model.weights import (
+    Checkpoint,
+    describe_source,
+    load_checkpoint,
+    read_config,
+)
+from headwater.extractor.plan import Geometry, Plan, check_resources, make_plan
+from headwater.extractor.request import RunConfig
+from headwater.extractor.resume import check_same, stored_request
 from headwater.extractor.sites import RequestError
-from headwater.extractor.source import Source, count_rows
-from headwater.extractor.text_stage import commit_text
+from headwater.extractor.text.commit import commit_text
+from headwater.extractor.text.source import Source, count_rows
 from headwater.extractor.tokenizer import load_tokenizer
-from headwater.extractor.units import show_bytes
-from headwater.extractor.weights import Checkpoint, load_checkpoint, read_config
 from headwater.extractor.worker import Worker
-from headwater.store.files import make_directories, sync_directory
+from headwater.store.files import GONE, RunMoved, make_directories, sync_directory
 from headwater.store.ledger import COMPACT_AT, Entry, Ledger
 from headwater.store.lock import hold, probe
-from headwater.store.manifest import Manifest, RunError, check_target, manifest_path, read_manifest, settle
+from headwater.store.manifest import (
+    Manifest,
+    RunError,
+    check_target,
+    manifest_path,
+    read_manifest,
+    settle,
+)
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place, clear_temporary, place_of
 from headwater.store.publish import clear_unpublished, publish
@@ -58,20 +69,24 @@ Notify = Callable[[str], None]
 
 def plan_run(config: RunConfig) -> Plan:
     """Plan a run without writing anything: its text is tokenised and counted, the weights are not read."""
-    model, place = read_config(config.model, config.revision), hub.locate(config.model, config.revision)
+    model = read_config(config.model, config.revision, config.activation)
+    place = hub.locate(config.model, config.revision)
     home = hub.find_tokenizer(place.parent if place.is_file() else place)
     config = _encoded(config, home)
     source = Source(config, model, home)
     make_plan(config, model, source.geometry, 1)
-    return make_plan(config, model, source.geometry, count_rows(source))
+    plan = make_plan(config, model, source.geometry, count_rows(source))
+    notes = describe_source(place, model, config.activation)
+    return replace(plan, notes=notes, text=source.layout())
 
 
 def plan_rest(config: RunConfig) -> tuple[Plan, int]:
     """Plan a run whose text is committed, and count its committed blocks; its weights are not read."""
     run = place_of(config.out)
-    config, manifest = stored_request(config, run), read_manifest(run)
+    config = stored_request(config, run)
+    manifest = read_manifest(run)
     shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
-    model = read_config(config.model, config.revision)
+    model = read_config(config.model, config.revision, config.activation)
     plan = make_plan(replace(config, block=manifest.block), model, shape, manifest.n_sequences)
     return plan, len(Ledger(run, manifest.fingerprint).committed())
 
@@ -89,7 +104,7 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
     started = manifest_path(run).exists()
     if started:
         config = stored_request(config, run)
-    checkpoint = load_checkpoint(config.model, config.revision)
+    checkpoint = load_checkpoint(config.model, config.revision, config.activation)
     config = _encoded(config, checkpoint.tokenizer)
     if not started:
         _check_before(config, checkpoint, run)
@@ -110,8 +125,9 @@ def extract(config: RunConfig, observe: Observer | None = None) -> Run:
                 observe(text)
 
             try:
-                manifest = _commit_text(config, checkpoint, run, rows)
+                manifest = _commit_text(config, checkpoint, run, rows, check)
             except ValueError:
+                check()  # what lies there is another's, once the lock is
                 _remove_directory(run, made)
                 raise
         _compute(config, checkpoint, run, manifest, observe, check)
@@ -124,16 +140,28 @@ def _encoded(config: RunConfig, home: Path | None) -> RunConfig:
     if not any(isinstance(edit.value, str) and edit.value.startswith("text:") for edit in edits):
         return config
     place = config.tokenizer or home
-    return replace(config, edits=encode_edits(edits, None if place is None else load_tokenizer(place)))
+    return replace(
+        config, edits=encode_edits(edits, None if place is None else load_tokenizer(place))
+    )
 
 
-def _commit_text(config: RunConfig, checkpoint: Checkpoint, run: Place, rows: Callable[[int], None]) -> Manifest:
-    """Commit the text into the run, through a scratch directory where the run is in an object store."""
+def _commit_text(
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    run: Place,
+    rows: Callable[[int], None],
+    check: Callable[[], None],
+) -> Manifest:
+    """Commit the text into the run, through a scratch directory where the run is in an object store.
+
+    `check` raises LockedError once the lock is lost: after hours of tokenising, what was begun there is another's.
+    """
     if not isinstance(run, ObjectPath):
         return commit_text(config, checkpoint, run, rows)
     with scratch_folder("hw-text-") as folder:
         (folder / "run").mkdir()
         manifest = commit_text(config, checkpoint, folder / "run", rows)
+        check()
         publish(folder / "run", run, manifest)
     return manifest
 
@@ -150,7 +178,9 @@ def _make_directory(run: Place) -> list[Path]:
         reason = f"{error.strerror}: {error.filename}"
         raise RunError(f"--out {run} cannot be made ({reason}). Name another directory.") from error
     if not os.access(run, os.W_OK | os.X_OK):
-        raise RunError(f"--out {run} may not be written by you. Name another directory, or change its permissions.")
+        raise RunError(
+            f"--out {run} may not be written by you. Name another directory, or change its permissions."
+        )
     return missing
 
 
@@ -168,7 +198,9 @@ def _remove_directory(run: Place, made: list[Path]) -> None:
 def plan_of(config: RunConfig, checkpoint: Checkpoint, manifest: Manifest) -> Plan:
     """Rebuild the plan of a run from its manifest."""
     shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
-    return make_plan(replace(config, block=manifest.block), checkpoint.config, shape, manifest.n_sequences)
+    return make_plan(
+        replace(config, block=manifest.block), checkpoint.config, shape, manifest.n_sequences
+    )
 
 
 def _compute(
@@ -190,11 +222,6 @@ def _compute(
         return
     check_resources(plan, run, done=len(committed) / plan.n_blocks)
     clear_temporary(run)
-    if config.ray is None and config.workers * plan.host_bytes > (memory := available_memory()):
-        raise RequestError(
-            f"{config.workers} workers need {show_bytes(plan.host_bytes)} of memory each, but {show_bytes(memory)} are "
-            "available. Use fewer --workers, or end other programs."
-        )
 
     def notify(text: str) -> None:
         progress.workers = text
@@ -211,13 +238,23 @@ def _compute(
             progress.n_bytes += sum(size for size, _ in entry.files.values())
             progress.entry = entry
             observe(progress)
+    if lost := set(plan.blocks) - ledger.committed().keys():
+        raise RunMoved(
+            f"{len(lost)} blocks of {run} were computed, but their entries in the ledger are gone: {GONE}"
+        )
 
 
 def _in_process(
-    config: RunConfig, checkpoint: Checkpoint, run: Place, manifest: Manifest, blocks: Sequence[int], _: Notify
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    run: Place,
+    manifest: Manifest,
+    blocks: Sequence[int],
+    _: Notify,
 ) -> Generator[Entry, None, None]:
     """Compute and commit blocks one after another in this process."""
-    plan, ledger = plan_of(config, checkpoint, manifest), Ledger(run, manifest.fingerprint)
+    plan = plan_of(config, checkpoint, manifest)
+    ledger = Ledger(run, manifest.fingerprint)
     model = load_model(checkpoint, config.compute, config.device)
     worker = Worker(run, manifest, plan, model, config.on_overflow == "keep")
     tried = ledger.tried()
@@ -231,10 +268,15 @@ def _in_process(
 
 
 def _on_ray(
-    config: RunConfig, checkpoint: Checkpoint, run: Place, manifest: Manifest, blocks: Sequence[int], notify: Notify
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    run: Place,
+    manifest: Manifest,
+    blocks: Sequence[int],
+    notify: Notify,
 ) -> Generator[Entry, None, None]:
     """Compute blocks on Ray actors, which commit them themselves."""
-    from headwater.extractor.ray_pool import RayPool
+    from headwater.extractor.cluster.pool import RayPool
 
     with RayPool(config, run, manifest, checkpoint, notify) as pool:
         yield from pool.run(blocks)
@@ -242,7 +284,8 @@ def _on_ray(
 
 def _finished(manifest: Manifest, run: Place) -> bool:
     """Say whether every block is committed; raise LedgerError for an entry that cannot be trusted."""
-    ledger, n = Ledger(run, manifest.fingerprint), manifest.n_blocks
+    ledger = Ledger(run, manifest.fingerprint)
+    n = manifest.n_blocks
     return len(ledger.committed()) >= n and ledger.trusted().keys() >= set(range(n))
 
 

@@ -10,36 +10,43 @@ from typing import TYPE_CHECKING
 from headwater.extractor.sites import SITES, VECTOR, RequestError, parse_site
 
 if TYPE_CHECKING:  # torch comes with it
-    from headwater.extractor.weights import ModelConfig
+    from headwater.extractor.model.weights import ModelConfig
 
 
-def parse_indices(text: str, size: int, what: str) -> tuple[int, ...]:
+def parse_indices(text: str, size: int, what: str, noun: str = "") -> tuple[int, ...]:
     """Read a selection such as `0,4:8,-1` over `size` items; ranges are half-open, as in Python.
 
-    Returns increasing indices. Raises RequestError for anything out of range, empty or malformed.
+    `what` is the flag, `noun` what it chooses among where that is called otherwise. Returns increasing indices.
+    Raises RequestError for anything out of range, empty or malformed.
     """
     chosen: set[int] = set()
     for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(-?\d{1,9})?\s*(?:(:)\s*(-?\d{1,9})?\s*(?::\s*(\d{1,9}))?)?\s*", part)
+        match = re.fullmatch(
+            r"\s*(-?\d{1,9})?\s*(?:(:)\s*(-?\d{1,9})?\s*(?::\s*(\d{1,9}))?)?\s*", part
+        )
         if match is None or not part.strip() or int(match[4] or 1) == 0:
-            raise RequestError(f"--{what} {text!r}: {part!r} is not an index or a range; expected for example 0,4:8.")
+            raise RequestError(
+                f"--{what} {text!r}: {part!r} is not an index or a range; expected for example 0,4:8."
+            )
         if match[2]:
             start, stop = (int(g) if g else None for g in (match[1], match[3]))
             for bound in (start, stop):
                 if bound is not None and not -size <= bound <= size:
                     raise RequestError(
-                        f"--{what} {text!r}: {bound} is out of range; there are {size} {what}, 0 to {size - 1}."
+                        f"--{what} {text!r}: {bound} is out of range; there are {size} {noun or what}, 0 to {size - 1}."
                     )
             chosen.update(range(size)[start : stop : int(match[4] or 1)])
         else:
             index = int(match[1])
             if not -size <= index < size:
                 raise RequestError(
-                    f"--{what} {text!r}: {index} is out of range; there are {size} {what}, 0 to {size - 1}."
+                    f"--{what} {text!r}: {index} is out of range; there are {size} {noun or what}, 0 to {size - 1}."
                 )
             chosen.add(index % size)
     if not chosen:
-        raise RequestError(f"--{what} {text!r} selects nothing of {size} {what}; name at least one.")
+        raise RequestError(
+            f"--{what} {text!r} selects nothing of {size} {noun or what}; name at least one."
+        )
     return tuple(sorted(chosen))
 
 
@@ -80,13 +87,17 @@ def select(
     return Selection(
         names,
         parse_indices(_along("layer", parsed, layers, config.n_layer), config.n_layer, "layers"),
-        parse_indices(_along("depth", parsed, depths, config.n_layer + 1), config.n_layer + 1, "depths"),
+        parse_indices(
+            _along("depth", parsed, depths, config.n_layer + 1), config.n_layer + 1, "depths"
+        ),
         parse_indices(":" if heads is None else heads, config.n_head, "heads"),
         _positions(positions, n_positions),
     )
 
 
-def _along(axis: str, parsed: Mapping[str, tuple[str, int | None]], chosen: str | None, size: int) -> str:
+def _along(
+    axis: str, parsed: Mapping[str, tuple[str, int | None]], chosen: str | None, size: int
+) -> str:
     """Return the selection along an axis: as chosen, or what the sites' own names carry."""
     mine = {text: index for text, (name, index) in parsed.items() if SITES[name].axis == axis}
     carried = {text: index for text, index in mine.items() if index is not None}
@@ -111,14 +122,24 @@ def _refuse_useless(names: Sequence[str], chosen: Mapping[str, str | None]) -> N
     """Refuse a selection along a dimension that no chosen site has; only vector sites select positions."""
     for dim, text in chosen.items():
         groups = [SITES[name].group for name in names if dim in SITES[name].dims]
-        if text is None or text.strip() == ":" or (VECTOR in groups if dim == "position" else groups):
+        if (
+            text is None
+            or text.strip() == ":"
+            or (VECTOR in groups if dim == "position" else groups)
+        ):
             continue
         listed = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
         who = f"{listed} has no" if len(names) == 1 else f"none of {listed} has"
         what = "positions to select (statistics keep all)" if dim == "position" else f"{dim}s"
         other = {"layer": "depth", "depth": "layer"}.get(dim, "")
-        instead = f"Use --{other}s" if any(other in SITES[name].dims for name in names) else "Leave it out"
-        raise RequestError(f"--{dim}s {text!r} would select nothing: {who} {what}. {instead}, or ask for other sites.")
+        instead = (
+            f"Use --{other}s"
+            if any(other in SITES[name].dims for name in names)
+            else "Leave it out"
+        )
+        raise RequestError(
+            f"--{dim}s {text!r} would select nothing: {who} {what}. {instead}, or ask for other sites."
+        )
 
 
 def _positions(text: str | None, n_positions: int) -> tuple[int, ...] | None:

@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from headwater.extractor.edits import read_edits
+from headwater.extractor.edits.grammar import read_edits
 from headwater.extractor.sites import PRESETS, SITES, RequestError, split_names
 from headwater.store.layout import CODECS
+from headwater.store.place import plain_place
 
 CHOICES = {
     "preset": tuple(PRESETS),
     "mode": ("pack", "document"),
+    "special_tokens": ("ids", "text"),
     "compute": ("fp32", "bf16", "fp16"),
     "on_overflow": ("fail", "keep"),
 }
 PER_SITE = {"dtype": ("float16", "float32"), "codec": tuple(CODECS)}
-COUNTS = ("seq_len", "max_sequences", "max_tokens", "block", "top_k", "threads", "workers")
+COUNTS = (
+    "seq_len",
+    "stride",
+    "max_sequences",
+    "max_tokens",
+    "max_unpacked",
+    "block",
+    "top_k",
+    "threads",
+    "workers",
+)
 SWITCHES = ("within_documents", "bos", "jsonl", "other_processor")
-LISTS = ("text", "sites", "labels")
+LISTS = ("text", "sites", "labels", "allow_call")
 SELECTIONS = ("layers", "depths", "heads", "positions")
-TEXT_ONLY = ("seq_len", "mode", "within_documents", "bos", "tokenizer", "column", "labels", "jsonl", "max_tokens")
+TEXT_ONLY = (
+    "mode",
+    "within_documents",
+    "bos",
+    "special_tokens",
+    "tokenizer",
+    "column",
+    "labels",
+    "jsonl",
+    "max_tokens",
+    "max_unpacked",
+)
 MOST_THREADS = 4096
 
 
@@ -53,6 +77,8 @@ def read_setting(name: str, value: Any, optional: bool) -> Any:
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if name in ("out", "tokens") and isinstance(value, str):
         value = os.path.expanduser(value)
+    if name == "out" and isinstance(value, str):
+        value = plain_place(value)
     if not isinstance(value, str):
         _refuse(name, value, "a string")
     if name in CHOICES and value not in CHOICES[name]:
@@ -68,7 +94,8 @@ def read_setting(name: str, value: Any, optional: bool) -> Any:
 
 def read_per_site(text: str, name: str) -> tuple[str | None, dict[str, str]]:
     """Read "default,site=value,…" of `dtype` or `codec`; return the default (or None) and the exceptions."""
-    default, named = None, {}
+    default = None
+    named = {}
     for part in split_names(text):
         site, equals, value = part.rpartition("=")
         if value == "bfloat16":
@@ -77,13 +104,21 @@ def read_per_site(text: str, name: str) -> tuple[str | None, dict[str, str]]:
                 "float32 (bf16 can be the --compute)."
             )
         if value not in PER_SITE[name]:
-            raise RequestError(f"{flag_of(name)} has {value!r}; expected one of {', '.join(PER_SITE[name])}.")
+            raise RequestError(
+                f"{flag_of(name)} has {value!r}; expected one of {', '.join(PER_SITE[name])}."
+            )
         if equals and site not in SITES:
-            raise RequestError(f"{flag_of(name)} {part!r}: there is no site {site!r}; see `headwater sites`.")
+            raise RequestError(
+                f"{flag_of(name)} {part!r}: there is no site {site!r}; see `headwater sites`."
+            )
         if equals and name == "dtype" and SITES[site].integer:
-            raise RequestError(f"{flag_of(name)} {part!r}: {site} holds whole numbers, always int32. Leave it out.")
+            raise RequestError(
+                f"{flag_of(name)} {part!r}: {site} holds whole numbers, always int32. Leave it out."
+            )
         if (equals and site in named) or (not equals and default is not None):
-            raise RequestError(f"{flag_of(name)} {text!r} names {site or 'the default'} twice; expected it once.")
+            raise RequestError(
+                f"{flag_of(name)} {text!r} names {site or 'the default'} twice; expected it once."
+            )
         if equals:
             named[site] = value
         else:
@@ -93,29 +128,58 @@ def read_per_site(text: str, name: str) -> tuple[str | None, dict[str, str]]:
 
 def _count(name: str, value: Any) -> int:
     least = 0 if name == "workers" else 1
-    if type(value) is not int or value < least:
-        _refuse(name, value, f"a whole number from {least} on")
-    if name == "block" and value & (value - 1):
-        near = 1 << value.bit_length() - 1
-        _refuse(name, value, f"a power of two, so that shards divide it; {near} and {2 * near} are near")
-    if name in ("threads", "workers") and value > MOST_THREADS:
+    number = _whole(value)
+    if number is None or number < least:
+        return int(_refuse(name, value, f"a whole number from {least} on"))
+    if name == "block" and number & (number - 1):
+        near = 1 << number.bit_length() - 1
+        _refuse(
+            name, value, f"a power of two, so that shards divide it; {near} and {2 * near} are near"
+        )
+    if name in ("threads", "workers") and number > MOST_THREADS:
         _refuse(name, value, f"at most {MOST_THREADS}")
-    return int(value)
+    return number
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str | os.PathLike):
         value = (value,) if name == "text" else split_names(str(value)) or ("",)
-    if not isinstance(value, list | tuple) or not all(isinstance(v, str | os.PathLike) for v in value):
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(v, str | os.PathLike) for v in value
+    ):
         _refuse(name, value, "a list of names")
     names = tuple(os.fspath(v) for v in value)
-    return names if all(v.strip() for v in names) else _refuse(name, names, "names that are not empty")
+    return (
+        names if all(v.strip() for v in names) else _refuse(name, names, "names that are not empty")
+    )
 
 
 def _indices(value: Any) -> Any:
-    """Write a whole number or a list of them, as TOML and Python can give it, as the flag would."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return ",".join(map(str, values)) if values and all(type(v) is int for v in values) else value
+    """Write a whole number, a range or a list of numbers, as TOML and Python can give them, as the flag would."""
+    if isinstance(value, str) or value is None:
+        return value
+    single = _whole(value)
+    listed = [single] if single is not None else [_whole(v) for v in _items(value)]
+    return ",".join(map(str, listed)) if listed and None not in listed else value
+
+
+def _items(value: Any) -> list[Any]:
+    """Return the items of a list, a range or an array of one dimension; None for anything else, which is no number."""
+    if isinstance(value, list | tuple | range) or getattr(value, "ndim", None) == 1:
+        return list(value)
+    return [None]
+
+
+def _whole(value: Any) -> int | None:
+    """Return a whole number of any integer type, numpy's included; None for anything else, true and false too."""
+    try:
+        return None if isinstance(value, bool) or _is_bool(value) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _is_bool(value: Any) -> bool:
+    return str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def _refuse(name: str, value: Any, expected: str) -> Any:

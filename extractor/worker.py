@@ -8,48 +8,60 @@ import time
 from contextlib import ExitStack, suppress
 from functools import partial
 
-import numpy as np
 import torch
-import zarr
 
-from headwater.extractor.batch import Batch, make_batch, padded
 from headwater.extractor.capture import CaptureTap
-from headwater.extractor.device_tap import DeviceTap
-from headwater.extractor.editor import Editor
-from headwater.extractor.kernel_model import KernelModel
-from headwater.extractor.model import Model
+from headwater.extractor.edits.apply import Editor
+from headwater.extractor.model.batch import Batch, make_batch, padded
+from headwater.extractor.model.device_tap import DeviceTap
+from headwater.extractor.model.forward import Model
+from headwater.extractor.model.forward_device import KernelModel
+from headwater.extractor.model.transfer import Transfer, ring_capacity
 from headwater.extractor.plan import Plan
 from headwater.extractor.selection import Selection
 from headwater.extractor.sites import SITES
-from headwater.extractor.transfer import Transfer, ring_capacity
+from headwater.extractor.text.commit import maker
 from headwater.store.layout import sequence_bytes, tile_edge
 from headwater.store.ledger import Entry
 from headwater.store.manifest import Manifest
-from headwater.store.place import Place, for_zarr
+from headwater.store.place import Place
 from headwater.store.publish import open_writer
+from headwater.store.reader import open_run
 from headwater.store.writer import file_sums
 
 DEVICE_WRITERS = 4
-OUTPUT_SITES = ("ln_final_scale", "loss", "top_logits", "top_tokens")
+HEAD_SITES = ("loss", "top_logits", "top_tokens", "logits")
+OUTPUT_SITES = ("ln_final_scale", "ln_final_out", *HEAD_SITES)
 
 
 class Worker:
     """A model and a writer that extract one block after another of one run."""
 
-    def __init__(self, run: Place, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False) -> None:
-        self.run, self.manifest, self.plan, self.model = run, manifest, plan, model
+    def __init__(
+        self, run: Place, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False
+    ) -> None:
+        self.run = run
+        self.manifest = manifest
+        self.plan = plan
+        self.model = model
         self.keep_overflow = keep_overflow
         self.editor = Editor(plan.edits, model, manifest.n_positions)
         self._stack = ExitStack()
-        n_threads = DEVICE_WRITERS if isinstance(model, KernelModel) else 1  # beside a GPU the processor has time
-        self.writer = self._stack.enter_context(open_writer(run, manifest.arrays, manifest.block, n_threads))
-        self._tokens = zarr.open_array(for_zarr(run / "tokens"), mode="r")
-        self._row_start = zarr.open_array(for_zarr(run / "row_start"), mode="r")
+        n_threads = (
+            DEVICE_WRITERS if isinstance(model, KernelModel) else 1
+        )  # beside a GPU the processor has time
+        self.writer = self._stack.enter_context(
+            open_writer(run, manifest.arrays, manifest.block, n_threads)
+        )
+        self._text = open_run(run)
         shape = (manifest.block, padded(manifest.n_positions), model.config.d_model)
         self._stream = torch.empty(shape, dtype=model.stream, device=model.device)
+        self._maker = maker(str(model.device))
         self._transfer: Transfer | None = None
         if isinstance(model, KernelModel):
-            self._transfer = Transfer(model.device, ring_capacity(sequence_bytes(spec) for spec in manifest.arrays))
+            self._transfer = Transfer(
+                model.device, ring_capacity(sequence_bytes(spec) for spec in manifest.arrays)
+            )
             self._stack.callback(self._transfer.close)
 
     def extract_block(self, block: int, attempt: int) -> Entry:
@@ -58,10 +70,14 @@ class Worker:
         start = time.perf_counter()
         specs = {spec.name: spec for spec in self.manifest.arrays}
         host = CaptureTap(
-            self.plan.selection, specs, self.writer, self.plan.canonical["top_k"] or 1, self.keep_overflow
+            self.plan.selection,
+            specs,
+            self.writer,
+            self.plan.canonical["top_k"] or 1,
+            self.keep_overflow,
         )
         tap = host if self._transfer is None else DeviceTap(host, self._transfer, self.model.device)
-        self.writer.begin(first, last, f"{block:08d}.{attempt}.{os.getpid()}")
+        self.writer.begin(first, last, f"{block:08d}.{attempt}")
         try:
             with torch.inference_mode():
                 n_tokens = self._walk(first, last, tap)
@@ -72,20 +88,25 @@ class Worker:
             self._stop_transfer()
             self.writer.abandon()
             raise
-        seconds = {"compute": computed - start, "finish": time.perf_counter() - computed, **self.writer.seconds}
+        seconds = {
+            "compute": computed - start,
+            "finish": time.perf_counter() - computed,
+            **self.writer.seconds,
+        }
         if self._transfer is not None:
             seconds = split_seconds(seconds, self._transfer.seconds)
         return Entry(
-            block,
-            attempt,
-            self.manifest.fingerprint,
-            first,
-            last,
-            n_tokens,
-            file_sums(files),
-            host.casts,
-            {k: round(v, 6) for k, v in seconds.items()},
-            f"{socket.gethostname()}:{os.getpid()}",
+            block=block,
+            attempt=attempt,
+            fingerprint=self.manifest.fingerprint,
+            first=first,
+            last=last,
+            n_tokens=n_tokens,
+            files=file_sums(files),
+            casts=host.casts,
+            seconds={k: round(v, 6) for k, v in seconds.items()},
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            made_by=self._maker,
         )
 
     def close(self) -> None:
@@ -105,7 +126,9 @@ class Worker:
             self._transfer.begin()
 
         def place(at: int, batch: Batch) -> torch.Tensor:
-            tap.place(first + at, batch.row_start, self.manifest.n_positions, self.model.config.n_head)
+            tap.place(
+                first + at, batch.row_start, self.manifest.n_positions, self.model.config.n_head
+            )
             return self._stream[at : at + batch.tokens.shape[0]]
 
         for at, batch in micros:
@@ -126,10 +149,18 @@ class Worker:
         return sum(int((batch.row_start <= t).sum()) for _, batch in micros)
 
     def _batches(self, first: int, last: int) -> list[tuple[int, Batch]]:
-        tokens, row_start = (np.asarray(a[first:last]) for a in (self._tokens, self._row_start))
-        edge, micro = tile_edge(self.manifest.n_positions), self.manifest.micro
+        tokens = self._text.rows("tokens", first, last)
+        row_start = self._text.rows("row_start", first, last)
+        edge = tile_edge(self.manifest.n_positions)
+        micro = self.manifest.micro
         micros = [
-            (at, self.editor.hook(make_batch(tokens[at : at + micro], row_start[at : at + micro], edge), first + at))
+            (
+                at,
+                self.editor.hook(
+                    make_batch(tokens[at : at + micro], row_start[at : at + micro], edge),
+                    first + at,
+                ),
+            )
             for at in range(0, last - first, micro)
         ]
         return [(at, batch.to(self.model.device)) for at, batch in micros]
@@ -155,5 +186,7 @@ def last_layer(selection: Selection, n_layer: int) -> int:
     needed = [0]
     for site in selection.sites:
         axis = SITES[site].axis
-        needed.append(n_layer if site in OUTPUT_SITES else max(selection.along(axis)) + (axis == "layer"))
+        needed.append(
+            n_layer if site in OUTPUT_SITES else max(selection.along(axis)) + (axis == "layer")
+        )
     return max(needed)

@@ -11,12 +11,14 @@ from importlib.util import find_spec
 
 import torch
 
-from headwater.kernels.attention_cpu import attention_cpu
-from headwater.kernels.launch import MAX_HEAD, TRITON_TYPES, Config, choose
+from headwater.kernels.cpu.attention import attention_cpu
+from headwater.kernels.gpu.launch import MAX_HEAD, TRITON_TYPES, Config, choose
 from headwater.kernels.output import FLOAT_ROWS, AttentionOutput, ResidualOutput, n_causal_tiles
 from headwater.kernels.reference import attention_reference, exact_type, residual_reference
 
-Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Packed = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]
 PackedTap = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ATTENTION = (
     "headwater::attention(Tensor q, Tensor k, Tensor v, float scale, Tensor? row_start, Tensor? features, int edge, "
@@ -45,9 +47,9 @@ def attention_triton(
     pattern_dtype: torch.dtype,
 ) -> Packed:
     """Launch the kernels that give what was asked for; a pattern together with statistics takes a launch each."""
-    from headwater.kernels.attention_pattern import plan_pattern
-    from headwater.kernels.attention_statistics import plan_statistics
-    from headwater.kernels.column_mass import plan_column_mass
+    from headwater.kernels.gpu.column_mass import plan_column_mass
+    from headwater.kernels.gpu.pattern import plan_pattern
+    from headwater.kernels.gpu.row_statistics import plan_statistics
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     wanted = statistics or features is not None
@@ -59,36 +61,65 @@ def attention_triton(
 
     if wanted or edge == 0:
         z, lse, row, argmax, sums = plan_statistics(
-            q, k, v, scale=scale, row_start=row_start, statistics=statistics, features=features,
-            config=config("statistics" if wanted else "flash")).run()
+            q,
+            k,
+            v,
+            scale=scale,
+            row_start=row_start,
+            statistics=statistics,
+            features=features,
+            config=config("statistics" if wanted else "flash"),
+        ).run()
         if not statistics:
-            row, argmax = q.new_empty(0), q.new_empty(0, dtype=torch.int32)
+            row = q.new_empty(0)
+            argmax = q.new_empty(0, dtype=torch.int32)
         if features is None:
             sums = q.new_empty(0)
     if edge:
-        z, lse, pattern = plan_pattern(q, k, v, scale=scale, row_start=row_start, edge=edge,
-                                       pattern_dtype=pattern_dtype, config=config("pattern")).run()
+        z, lse, pattern = plan_pattern(
+            q,
+            k,
+            v,
+            scale=scale,
+            row_start=row_start,
+            edge=edge,
+            pattern_dtype=pattern_dtype,
+            config=config("pattern"),
+        ).run()
     if statistics:
-        (column,) = plan_column_mass(q, k, lse, scale=scale, row_start=row_start, config=config("column")).run()
+        (column,) = plan_column_mass(
+            q, k, lse, scale=scale, row_start=row_start, config=config("column")
+        ).run()
     return z, lse, pattern, row, argmax, column, sums
 
 
 def pack(out: AttentionOutput, like: torch.Tensor) -> Packed:
     """Turn the output of a torch backend into the operator's tensors."""
     row = torch.stack([out.row[name] for name in FLOAT_ROWS]) if out.row else None
-    argmax = out.row["attn_argmax"].contiguous() if out.row else like.new_empty(0, dtype=torch.int32)
+    argmax = (
+        out.row["attn_argmax"].contiguous() if out.row else like.new_empty(0, dtype=torch.int32)
+    )
     tensors = (out.z, out.lse, out.pattern, row, argmax, out.column, out.features)
     z, lse, kept, rows, place, column, features = (
-        like.new_empty(0) if x is None else x.contiguous() for x in tensors)
+        like.new_empty(0) if x is None else x.contiguous() for x in tensors
+    )
     return z, lse, kept, rows, place, column, features
 
 
 def unpack(packed: Packed, edge: int, statistics: bool, features: bool) -> AttentionOutput:
     """Turn the operator's tensors into a named output."""
     z, lse, pattern, row, argmax, column, sums = packed
-    names = {**dict(zip(FLOAT_ROWS, row, strict=True)), "attn_argmax": argmax} if statistics else None
-    return AttentionOutput(z, lse, pattern if edge else None, names, column if statistics else None,
-                           sums if features else None)
+    names = (
+        {**dict(zip(FLOAT_ROWS, row, strict=True)), "attn_argmax": argmax} if statistics else None
+    )
+    return AttentionOutput(
+        z,
+        lse,
+        pattern if edge else None,
+        names,
+        column if statistics else None,
+        sums if features else None,
+    )
 
 
 def attention_torch(
@@ -104,8 +135,18 @@ def attention_torch(
 ) -> Packed:
     """Compute by the reference."""
     pattern = ("square" if edge < 0 else "tiles") if edge else None
-    out = attention_reference(q, k, v, scale=scale, row_start=row_start, pattern=pattern, edge=edge,
-                              statistics=statistics, features=features, pattern_dtype=pattern_dtype)
+    out = attention_reference(
+        q,
+        k,
+        v,
+        scale=scale,
+        row_start=row_start,
+        pattern=pattern,
+        edge=edge,
+        statistics=statistics,
+        features=features,
+        pattern_dtype=pattern_dtype,
+    )
     return pack(out, q)
 
 
@@ -123,8 +164,17 @@ def attention_on_cpu(
     """Compute by row blocks; float64 by the reference, for the row blocks are float32."""
     if q.dtype == torch.float64:
         return attention_torch(q, k, v, scale, row_start, features, edge, statistics, pattern_dtype)
-    out = attention_cpu(q, k, v, scale=scale, row_start=row_start, edge=edge, statistics=statistics, features=features,
-                        pattern_dtype=pattern_dtype)
+    out = attention_cpu(
+        q,
+        k,
+        v,
+        scale=scale,
+        row_start=row_start,
+        edge=edge,
+        statistics=statistics,
+        features=features,
+        pattern_dtype=pattern_dtype,
+    )
     return pack(out, q)
 
 
@@ -147,7 +197,8 @@ def _attention_cuda(
 ) -> Packed:
     able = q.shape[-1] <= MAX_HEAD and _serves(q)
     return (attention_triton if able else attention_torch)(
-        q, k, v, scale, row_start, features, edge, statistics, pattern_dtype)
+        q, k, v, scale, row_start, features, edge, statistics, pattern_dtype
+    )
 
 
 def _attention_fake(
@@ -162,8 +213,11 @@ def _attention_fake(
     pattern_dtype: torch.dtype,
 ) -> Packed:
     n, n_positions, n_head, _ = q.shape
-    exact, plane = exact_type(q.dtype), (n, n_head, n_positions)
-    tiles = (n_causal_tiles(n_positions, edge), edge, edge) if edge > 0 else (n_positions, n_positions)
+    exact = exact_type(q.dtype)
+    plane = (n, n_head, n_positions)
+    tiles = (
+        (n_causal_tiles(n_positions, edge), edge, edge) if edge > 0 else (n_positions, n_positions)
+    )
     return (
         q.new_empty(q.shape, dtype=v.dtype),
         q.new_empty(plane, dtype=exact),
@@ -171,7 +225,9 @@ def _attention_fake(
         q.new_empty((len(FLOAT_ROWS), *plane), dtype=exact) if statistics else q.new_empty(0),
         q.new_empty(plane if statistics else (0,), dtype=torch.int32),
         q.new_empty(plane, dtype=exact) if statistics else q.new_empty(0),
-        q.new_empty(0) if features is None else q.new_empty((*plane, features.shape[-1]), dtype=exact),
+        q.new_empty(0)
+        if features is None
+        else q.new_empty((*plane, features.shape[-1]), dtype=exact),
     )
 
 
@@ -186,8 +242,15 @@ def residual_torch(
     slot: torch.Tensor | None,
 ) -> PackedTap:
     """Compute the residual tap by the reference; write `out` and `slot` last, for they may be the inputs."""
-    got = residual_reference(x, delta, weight, bias, epsilon=epsilon, previous=previous,
-                             capture_dtype=None if slot is None else slot.dtype)
+    got = residual_reference(
+        x,
+        delta,
+        weight,
+        bias,
+        epsilon=epsilon,
+        previous=previous,
+        capture_dtype=None if slot is None else slot.dtype,
+    )
     if slot is not None:
         exact = exact_type(x.dtype)
         slot.copy_(x.to(exact) if delta is None else x.to(exact) + delta.to(exact))
@@ -223,11 +286,20 @@ def residual_triton(
     slot: torch.Tensor | None,
 ) -> PackedTap:
     """Launch the residual kernel."""
-    from headwater.kernels.residual_tap import plan_residual
+    from headwater.kernels.gpu.residual import plan_residual
 
     config = choose("residual", x.device, x.shape[-1], x.dtype)
-    launch = plan_residual(x, delta, weight, bias, epsilon=epsilon, previous=previous, out=out, slot=slot,
-                           config=config)
+    launch = plan_residual(
+        x,
+        delta,
+        weight,
+        bias,
+        epsilon=epsilon,
+        previous=previous,
+        out=out,
+        slot=slot,
+        config=config,
+    )
     normed, floats, ints = launch.run()
     return normed, floats, ints
 
@@ -244,7 +316,11 @@ def _residual_fake(
 ) -> PackedTap:
     n = x.shape[0]
     normed = x.new_empty(0) if weight is None else x.new_empty(x.shape)
-    return normed, x.new_empty((4, n), dtype=exact_type(x.dtype)), x.new_empty((3, n), dtype=torch.int32)
+    return (
+        normed,
+        x.new_empty((4, n), dtype=exact_type(x.dtype)),
+        x.new_empty((3, n), dtype=torch.int32),
+    )
 
 
 def name_residual(x: torch.Tensor, packed: PackedTap, lead: torch.Size) -> ResidualOutput:
@@ -252,8 +328,17 @@ def name_residual(x: torch.Tensor, packed: PackedTap, lead: torch.Size) -> Resid
     normed, floats, ints = packed
     scale, norm, cosine, largest = floats.view(4, *lead)
     dimension, overflow, nonfinite = ints.view(3, *lead)
-    return ResidualOutput(x, normed.view(x.shape) if normed.numel() else None, scale, norm, cosine, largest, dimension,
-                          overflow, nonfinite)
+    return ResidualOutput(
+        x,
+        normed.view(x.shape) if normed.numel() else None,
+        scale,
+        norm,
+        cosine,
+        largest,
+        dimension,
+        overflow,
+        nonfinite,
+    )
 
 
 def _register(schema: str, fake: Callable[..., object], **backends: Callable[..., object]) -> None:
@@ -264,5 +349,7 @@ def _register(schema: str, fake: Callable[..., object], **backends: Callable[...
     torch.library.register_fake(name)(fake)
 
 
-_register(ATTENTION, _attention_fake, cpu=attention_on_cpu, cuda=_attention_cuda, mps=attention_torch)
+_register(
+    ATTENTION, _attention_fake, cpu=attention_on_cpu, cuda=_attention_cuda, mps=attention_torch
+)
 _register(RESIDUAL, _residual_fake, cpu=residual_torch, cuda=_residual_cuda, mps=residual_torch)

@@ -61,7 +61,8 @@ def tiles_to_square(tiles: torch.Tensor, n_positions: int) -> torch.Tensor:
     square = tiles.new_zeros(*tiles.shape[:-3], n * edge, n * edge)
     for i in range(n):
         for j in range(i + 1):
-            rows, keys = slice(i * edge, (i + 1) * edge), slice(j * edge, (j + 1) * edge)
+            rows = slice(i * edge, (i + 1) * edge)
+            keys = slice(j * edge, (j + 1) * edge)
             square[..., rows, keys] = tiles[..., i * (i + 1) // 2 + j, :, :]
     return square[..., :n_positions, :n_positions]
 
@@ -72,6 +73,8 @@ def square_to_tiles(square: torch.Tensor, edge: int) -> torch.Tensor:
     n = -(-n_positions // edge)
     padded = torch.nn.functional.pad(square, (0, n * edge - n_positions) * 2)
     parts = [
-        padded[..., i * edge : (i + 1) * edge, j * edge : (j + 1) * edge] for i in range(n) for j in range(i + 1)
+        padded[..., i * edge : (i + 1) * edge, j * edge : (j + 1) * edge]
+        for i in range(n)
+        for j in range(i + 1)
     ]
     return torch.stack(parts, -3)

@@ -36,7 +36,11 @@ def attention_reference(
     group = n_head // k_BTGH.shape[2]
     q = q_BTNH.to(dtype).transpose(1, 2)
     k, v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, 1) for x in (k_BTGH, v_BTGH))
-    start = torch.zeros(n, n_positions, dtype=torch.int32, device=q.device) if row_start is None else row_start
+    start = (
+        torch.zeros(n, n_positions, dtype=torch.int32, device=q.device)
+        if row_start is None
+        else row_start
+    )
     seen = visible(start)[:, None]
     scores = (scale * (q @ k.transpose(-1, -2))).masked_fill(~seen, -torch.inf)
     lse = torch.logsumexp(scores, -1)
@@ -46,7 +50,9 @@ def attention_reference(
     kept = p if pattern_dtype is None else p.to(pattern_dtype)
     if pattern == "tiles":
         kept = square_to_tiles(kept, edge)
-    table = None if features is None else features.to(dtype).expand(n, *features.shape[-2:])[:, None]
+    table = (
+        None if features is None else features.to(dtype).expand(n, *features.shape[-2:])[:, None]
+    )
     return AttentionOutput(
         z,
         lse,
@@ -66,7 +72,11 @@ def row_statistics(p_BNQK: torch.Tensor, row_start_BT: torch.Tensor) -> dict[str
     n_positions = p_BNQK.shape[-1]
     t = torch.arange(n_positions, device=p_BNQK.device)
     empty = (row_start_BT > t)[:, None].expand(p_BNQK.shape[:-1])
-    sink = row_start_BT.clamp(0, n_positions - 1).long()[:, None, :, None].expand(*p_BNQK.shape[:-1], 1)
+    sink = (
+        row_start_BT.clamp(0, n_positions - 1)
+        .long()[:, None, :, None]
+        .expand(*p_BNQK.shape[:-1], 1)
+    )
     previous = torch.zeros_like(p_BNQK[..., 0])
     previous[..., 1:] = p_BNQK.diagonal(-1, -2, -1)
     largest, place = p_BNQK.max(-1)
@@ -108,9 +118,12 @@ def residual_reference(
     if weight is not None:
         normed = centred / scale[..., None] * weight.to(dtype)
         normed = (normed if bias is None else normed + bias.to(dtype)).to(x.dtype)
-    norm, norm_other = y.norm(dim=-1), other.norm(dim=-1)
+    norm = y.norm(dim=-1)
+    norm_other = other.norm(dim=-1)
     product = norm * norm_other
-    cosine = torch.where(product > 0, (y * other).sum(-1) / product.clamp(min=torch.finfo(dtype).tiny), 0.0)
+    cosine = torch.where(
+        product > 0, (y * other).sum(-1) / product.clamp(min=torch.finfo(dtype).tiny), 0.0
+    )
     largest, dimension = y.abs().max(-1)
     return ResidualOutput(
         added.to(x.dtype),

@@ -34,19 +34,33 @@ def residual_tap(
     others = {"delta": delta, "previous": previous, "out": out, "slot": slot}
     for name, value in others.items():
         if value is not None and value.shape != x.shape:
-            raise ValueError(f"{name} is {list(value.shape)}, expected the shape of x, {list(x.shape)}")
+            raise ValueError(
+                f"{name} is {list(value.shape)}, expected the shape of x, {list(x.shape)}"
+            )
     for name, value in {"weight": weight, "bias": bias}.items():
         if value is not None and value.shape != x.shape[-1:]:
             raise ValueError(f"{name} is {list(value.shape)}, expected {list(x.shape[-1:])}")
     if out.dtype != x.dtype:
-        raise ValueError(f"out is {out.dtype}, expected that of x, {x.dtype}; take `slot` for a copy in another type")
-    arguments = (_rows("x", x), _maybe_rows("delta", delta), weight, bias, float(epsilon),
-                 _maybe_rows("previous", previous), _rows("out", out), _maybe_rows("slot", slot))
+        raise ValueError(
+            f"out is {out.dtype}, expected that of x, {x.dtype}; take `slot` for a copy in another type"
+        )
+    arguments = (
+        _rows("x", x),
+        _maybe_rows("delta", delta),
+        weight,
+        bias,
+        float(epsilon),
+        _maybe_rows("previous", previous),
+        _rows("out", out),
+        _maybe_rows("slot", slot),
+    )
     if impl == "triton":
         check_triton(x)
         packed = residual_triton(*arguments)
     else:
-        packed = (torch.ops.headwater.residual_tap if impl == "auto" else residual_torch)(*arguments)
+        packed = (torch.ops.headwater.residual_tap if impl == "auto" else residual_torch)(
+            *arguments
+        )
     return name_residual(out, packed, x.shape[:-1])
 
 
@@ -58,8 +72,10 @@ def _rows(name: str, x: torch.Tensor) -> torch.Tensor:
     try:
         rows = x.view(-1, x.shape[-1])
     except RuntimeError:
-        raise ValueError(f"{name} has strides {x.stride()}, expected rows that lie one after another at one "
-                         "distance") from None
+        raise ValueError(
+            f"{name} has strides {x.stride()}, expected rows that lie one after another at one "
+            "distance"
+        ) from None
     if rows.stride(-1) != 1:
         raise ValueError(f"{name} has last stride {rows.stride(-1)}, expected 1")
     return rows

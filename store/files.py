@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
+
+GONE = "it was moved or deleted while the run was written. Put it back, and run the command again to go on."
+
+
+class RunMoved(RuntimeError):
+    """A run's folder went away while it was written; the message says what to do."""
 
 
 def sync_directory(path: Path) -> None:
@@ -30,9 +37,27 @@ def make_directories(path: Path) -> list[Path]:
     return [directory.parent for directory in missing]
 
 
+def unique_name(stem: str) -> str:
+    """Return a temporary file's name that no other writer has, on whatever machine it runs.
+
+    A process id is not enough: containers and machines that share a run have the same ones, and a file that is taken
+    for one's own could be renamed into place half-written.
+    """
+    return f"{stem}.{os.getpid()}-{uuid.uuid4().hex}"
+
+
 def write_temporary(path: Path, data: bytes) -> None:
-    """Write and fsync a file under a temporary name."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    """Write and fsync a new file; raise FileExistsError where there is one of its name."""
+    _write(path, data, os.O_EXCL)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write and fsync a file, in place of what it held."""
+    _write(path, data, os.O_TRUNC)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | mode | os.O_CLOEXEC, 0o644)
     try:
         view = memoryview(data)
         while view:
@@ -76,4 +101,6 @@ def json_sum(value: Any) -> str:
 
 def to_json(value: Any) -> bytes:
     """Serialise JSON the same way every time: sorted keys, two spaces, a final line end."""
-    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from headwater.store.raw import check_paths, from_raw
 from headwater.store.shard import CRC_BYTES, round_up
 
 LEADING = ("depth", "layer")
+DTYPES = ("bool", "float16", "float32", "float64", "int32", "int64")
 CODECS = {"none": None, "zstd-1": 1, "zstd-3": 3}
 LAYER_BYTES = 8 << 20
 SHARD_BYTES = 128 << 20
@@ -81,7 +83,11 @@ class ArraySpec:
         """List the shards that hold sequences [first, last)."""
         n_axis = 1 if self.axis is None else -(-self.shape[0] // self.shard[0])
         per = self.sequences_per_shard
-        return [self.shard_path(a, s) for a in range(n_axis) for s in range(first // per, -(-last // per))]
+        return [
+            self.shard_path(a, s)
+            for a in range(n_axis)
+            for s in range(first // per, -(-last // per))
+        ]
 
     def n_tiles(self) -> int:
         """Causal tiles of one head: the lower triangle of the tile grid."""
@@ -95,7 +101,9 @@ class ArraySpec:
         if self.tiled:
             n_chunks = n_sequences * -(-self.shape[2] // self.chunk[2]) * self.n_tiles()
         else:
-            n_chunks = -(-n_sequences // self.sequences_per_chunk) * prod(self.grid[(1 if self.axis is None else 2) :])
+            n_chunks = -(-n_sequences // self.sequences_per_chunk) * prod(
+                self.grid[(1 if self.axis is None else 2) :]
+            )
         per_chunk = round_up(self.chunk_bytes + CRC_BYTES)
         return lead * n_chunks * per_chunk + n_shards * (16 * prod(self.grid) + CRC_BYTES)
 
@@ -109,7 +117,9 @@ class ArraySpec:
             "index_location": "end",
         }
         codecs = [{"name": "sharding_indexed", "configuration": sharding}]
-        return array_metadata(self.shape, self.dtype, self.shard, codecs, self.fill, self.dims, self.attributes)
+        return array_metadata(
+            self.shape, self.dtype, self.shard, codecs, self.fill, self.dims, self.attributes
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the specification as JSON values; NaN becomes null."""
@@ -119,10 +129,29 @@ class ArraySpec:
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> ArraySpec:
-        """Read what `to_json` gave."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        values["fill"] = math.nan if raw["fill"] is None else raw["fill"]
-        return ArraySpec(**values)
+        """Read what `to_json` gave; raise ValueError for what no array can be."""
+        fill = raw.get("fill")
+        spec = from_raw(ArraySpec, {**raw, "fill": math.nan if fill is None else fill})
+        spec = replace(
+            spec,
+            dims=tuple(spec.dims),
+            shape=tuple(spec.shape),
+            chunk=tuple(spec.chunk),
+            shard=tuple(spec.shard),
+        )
+        check_paths([spec.name])
+        sizes = (*spec.shape, *spec.chunk, *spec.shard)
+        if (
+            not 1 <= len(spec.dims) == len(spec.shape) == len(spec.chunk) == len(spec.shard)
+            or not all(1 <= size < 1 << 48 for size in sizes)
+            or any(s % c for s, c in zip(spec.shard, spec.chunk, strict=True))
+            or spec.dims.count("sequence") != 1
+            or spec.dims.index("sequence") != (0 if spec.axis is None else 1)
+            or spec.dtype not in DTYPES
+            or spec.codec not in CODECS
+        ):
+            raise ValueError(f"its array {spec.name} is none that can be stored: {dict(raw)}"[:300])
+        return spec
 
 
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -130,7 +159,11 @@ _CRC32C = {"name": "crc32c"}
 
 
 def _zstd(level: int | None) -> list[dict[str, Any]]:
-    return [] if level is None else [{"name": "zstd", "configuration": {"level": level, "checksum": False}}]
+    return (
+        []
+        if level is None
+        else [{"name": "zstd", "configuration": {"level": level, "checksum": False}}]
+    )
 
 
 def array_metadata(
@@ -203,17 +236,27 @@ def make_spec(
     """
     shape = tuple(sizes[d] for d in dims)
     lead = 1 if dims[0] in LEADING else 0
-    chunk_rest, shard_rest, per_sequence = _rest(dims[lead + 1 :], shape[lead + 1 :], np.dtype(dtype).itemsize)
-    together = lead and per_sequence * block < LAYER_BYTES and per_sequence * shape[0] <= SHARD_BYTES
+    chunk_rest, shard_rest, per_sequence = _rest(
+        dims[lead + 1 :], shape[lead + 1 :], np.dtype(dtype).itemsize
+    )
+    together = (
+        lead and per_sequence * block < LAYER_BYTES and per_sequence * shape[0] <= SHARD_BYTES
+    )
     n_lead = shape[0] if together else 1
     per_shard = _halve(block, SHARD_BYTES // max(per_sequence * n_lead, 1))
     tiled = dims[-2:] == ("query", "key")
     per_chunk = 1 if tiled else _halve(per_shard, CHUNK_BYTES // max(per_sequence, 1))
     return ArraySpec(
-        name, dims, shape, dtype,
-        (1,) * lead + (per_chunk, *chunk_rest), (n_lead,) * lead + (per_shard, *shard_rest),
-        codec, fill, dict(attributes),
-    )  # fmt: skip
+        name,
+        dims,
+        shape,
+        dtype,
+        (1,) * lead + (per_chunk, *chunk_rest),
+        (n_lead,) * lead + (per_shard, *shard_rest),
+        codec,
+        fill,
+        dict(attributes),
+    )
 
 
 def _halve(whole: int, limit: int) -> int:
@@ -223,10 +266,13 @@ def _halve(whole: int, limit: int) -> int:
     return whole
 
 
-def _rest(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _rest(
+    dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Return chunk and shard shape behind the sequence, and the bytes of one sequence."""
     if dims[-2:] == ("query", "key"):
-        n_head, edge = shape[0], tile_edge(shape[-1])
+        n_head = shape[0]
+        edge = tile_edge(shape[-1])
         heads = next(
             h
             for h in range(1, n_head + 1)

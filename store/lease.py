@@ -51,12 +51,17 @@ def lease(run: ObjectPath) -> Iterator[Callable[[], None]]:
 
 class _Lease:
     def __init__(self, run: ObjectPath) -> None:
-        self._run, self._path = run, run / INTERNAL / "lock"
+        self._run = run
+        self._path = run / INTERNAL / "lock"
         self._me: dict[str, Any] = {
-            "host": socket.gethostname(), "pid": os.getpid(), "key": uuid.uuid4().hex, "beat": 0,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "key": uuid.uuid4().hex,
+            "beat": 0,
             "since": datetime.now().isoformat(timespec="seconds"),
-        }  # fmt: skip
+        }
         self._tag = ""
+        self._renewed = time.monotonic()
         self._lost: LockedError | None = None
         self.end = threading.Event()
 
@@ -64,24 +69,22 @@ class _Lease:
         """Create the lock, or take over that of a dead process."""
         if self._path.create(self._data()):
             self._tag = self._path.read_with_tag()[1]
+            self._renewed = time.monotonic()
             return
-        try:
-            before, tag = self._path.read_with_tag()
-        except FileNotFoundError:
-            return self.take()
+        before, tag = self._read()
         end = time.monotonic() + (0 if _is_dead(before) else LEASE_SECONDS)
-        while time.monotonic() < end:
+        while tag:
+            if time.monotonic() >= end:
+                # Where it is another's, or two requests met (409), look again.
+                with suppress(FileExistsError, FileNotFoundError):
+                    self._tag = self._replace(tag)
+                    self._renewed = time.monotonic()
+                    return
             time.sleep(POLL_SECONDS)
-            try:
-                now, tag = self._path.read_with_tag()
-            except FileNotFoundError:
-                return self.take()
-            if now != before:
+            now, tag = self._read()
+            if tag and now != before:
                 raise self._locked(now)
-        try:
-            self._tag = self._replace(tag)
-        except FileExistsError:
-            raise self._locked(self._path.read_bytes()) from None
+        self.take()  # it was released meanwhile
 
     def refresh(self) -> None:
         """Write the lock again and again, until `end` is set or it is lost."""
@@ -96,9 +99,18 @@ class _Lease:
                         self._lost = self._locked(now)
                         return
                     self._tag = tag  # it was our own request, whose answer was lost
+                self._renewed = time.monotonic()
 
     def check(self) -> None:
-        """Raise LockedError where the lock is lost."""
+        """Raise LockedError where the lock is lost.
+
+        After a pause, as of a process that was stopped, it is read first: `refresh` may not have come to it yet.
+        """
+        if time.monotonic() - self._renewed > LEASE_SECONDS / 2:
+            with suppress(StoreError):
+                now = self._read()[0]
+                if _key(now) != self._me["key"]:
+                    self._lost = self._locked(now)
         if self._lost is not None:
             raise self._lost
 
@@ -128,7 +140,11 @@ class _Lease:
 
     def _locked(self, data: bytes) -> LockedError:
         raw = _parse(data)
-        who = "process {pid} on {host} since {since}".format(**raw) if {"pid", "host", "since"} <= raw.keys() else ""
+        who = (
+            "process {pid} on {host} since {since}".format(**raw)
+            if {"pid", "host", "since"} <= raw.keys()
+            else ""
+        )
         return LockedError(
             f"{self._run} is being written by {who or 'another process'}. One run has one writer: wait for it, or stop "
             "it and run this command again."

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from headwater.store.entry import Entry as Entry
 from headwater.store.entry import LedgerError as LedgerError
-from headwater.store.entry import decode, encode
-from headwater.store.files import json_sum, to_json
-from headwater.store.place import Place, create_whole, delete_all, names_in, quiet_mark, read_all
+from headwater.store.entry import decode, different, encode, mark_of
+from headwater.store.files import GONE, RunMoved, json_sum, to_json
+from headwater.store.place import Place, create_whole, delete_all, file_names, quiet_mark, read_all
 from headwater.store.segments import FOLDER as SEGMENTS
 from headwater.store.segments import Segments
 from headwater.store.writer import INTERNAL
@@ -73,6 +75,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._seen: _View | None = None
         self._seen_at, self._mark = 0.0, list[str | None]()
+        self._marked: tuple[dict[int, int], dict[int, str]] | None = None
 
     def holds(self, first: int, last: int) -> np.ndarray:
         """Say of the blocks [first, last) which are committed."""
@@ -91,7 +94,9 @@ class Ledger:
     def tried(self) -> dict[int, int]:
         """Return the newest attempt of blocks that were committed once and taken out."""
         view = self._view()
-        return dict(zip(view.block[view.gone].tolist(), view.attempt[view.gone].tolist(), strict=True))
+        return dict(
+            zip(view.block[view.gone].tolist(), view.attempt[view.gone].tolist(), strict=True)
+        )
 
     def trusted(self) -> dict[int, int]:
         """Return `committed()` after reading what was not moved yet; raise LedgerError for what cannot be trusted."""
@@ -101,7 +106,9 @@ class Ledger:
         there = ~view.gone
         newest = dict(zip(view.block[there].tolist(), view.attempt[there].tolist(), strict=True))
         loose = [item for item in view.loose.values() if newest.get(item.block) == item.attempt]
-        for item, data in zip(loose, read_all(self.folder / item.name for item in loose), strict=True):
+        for item, data in zip(
+            loose, read_all(self.folder / item.name for item in loose), strict=True
+        ):
             decode(data, item.name, item.block, self.fingerprint)
         return newest
 
@@ -123,11 +130,19 @@ class Ledger:
             mine = there & (view.source == at)
             newest = dict(zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True))
             if newest:
-                yield from (e for e in self._segments.entries(name) if newest.get(e.block) == e.attempt)
-        mine = there & (view.source == LOOSE)
+                yield from (
+                    e for e in self._segments.entries(name) if newest.get(e.block) == e.attempt
+                )
+        yield from self._examine_files(view)
+
+    def _examine_files(self, view: _View) -> Iterator[Entry | Damage]:
+        """Yield the newest entries that are files."""
+        mine = ~view.gone & (view.source == LOOSE)
         keys = zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True)
         loose = [view.loose[key] for key in keys]
-        for item, data in zip(loose, read_all(self.folder / item.name for item in loose), strict=True):
+        for item, data in zip(
+            loose, read_all(self.folder / item.name for item in loose), strict=True
+        ):
             if isinstance(data, FileNotFoundError):  # it was moved meanwhile
                 yield self.read(item.block)
                 continue
@@ -136,46 +151,108 @@ class Ledger:
             except LedgerError as error:
                 yield Damage(f"{INTERNAL}/ledger/{item.name}", error, item.block)
 
+    def mixed(self, made_by: Mapping[str, str]) -> dict[tuple[tuple[str, str], ...], list[int]]:
+        """Return in what makers differ from a run's `made_by`: (what, value) pairs → the blocks that they made."""
+        found: dict[tuple[tuple[str, str], ...], list[int]] = {}
+        for block, maker in self._makers():
+            if other := different(maker, made_by):
+                found.setdefault(tuple(other.items()), []).append(block)
+        return {other: sorted(blocks) for other, blocks in found.items()}
+
+    def _makers(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """Yield each committed block with what made it; what cannot be read is left out."""
+        view = self._view()
+        for at, name in enumerate(view.segments):
+            mine = ~view.gone & (view.source == at)
+            newest = dict(zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True))
+            for block, attempt, maker in self._segments.makers(name) if newest else ():
+                if newest.get(block) == attempt:
+                    yield block, maker
+        mine = ~view.gone & (view.source == LOOSE)
+        keys = list(zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True))
+        names = [view.loose[key].name for key in keys]
+        files = read_all(self.folder / name for name in names)
+        for (block, _), name, data in zip(keys, names, files, strict=True):
+            with suppress(LedgerError):
+                yield block, decode(data, name, block, self.fingerprint).made_by
+
     def read(self, block: int) -> Entry:
         """Read the newest entry of a committed block; raise LedgerError where there is none, or a bad one."""
+        found = self.find(block)
+        if found is None:
+            raise LedgerError(f"the ledger has no entry of block {block}.")
+        return found
+
+    def find(self, block: int) -> Entry | None:
+        """Return the newest entry of a block, None where it is not committed; raise LedgerError for a bad one."""
         for _ in range(2):
             view = self._view()
             at = int(np.searchsorted(view.block, block))
             if at == len(view.block) or view.block[at] != block or view.gone[at]:
-                break
-            attempt, source = int(view.attempt[at]), int(view.source[at])
+                return None
+            attempt = int(view.attempt[at])
+            source = int(view.source[at])
             if source != LOOSE:
-                return next(e for e in self._segments.entries(view.segments[source])
-                            if (e.block, e.attempt) == (block, attempt))  # fmt: skip
+                return self._segments.entry(view.segments[source], block, attempt)
             item = view.loose[block, attempt]
             (data,) = read_all([self.folder / item.name])
             if not isinstance(data, FileNotFoundError):  # else it was moved meanwhile
                 return decode(data, item.name, block, self.fingerprint)
-        raise LedgerError(f"the ledger has no entry of block {block}.")
+        return None
 
     def commit(self, entry: Entry) -> bool:
-        """Create an entry durably; return False where this block and attempt has one already."""
-        return create_whole(self._run, f"{INTERNAL}/ledger/{entry.block:08d}.{entry.attempt}.json", encode(entry))
+        """Create an entry durably; return False where this block and attempt has one already.
+
+        Raises RunMoved where the run's folder is no longer there.
+        """
+        if isinstance(self._run, Path) and not self._run.is_dir():
+            raise RunMoved(f"{self._run} is gone: {GONE}")
+        return create_whole(
+            self._run, f"{INTERNAL}/ledger/{entry.block:08d}.{entry.attempt}.json", encode(entry)
+        )
 
     def next_attempt(self, block: int) -> int:
         """Return the number of the next attempt at a block."""
         view = self._view()
         at = int(np.searchsorted(view.block, block))
-        return 1 + (int(view.attempt[at]) if at < len(view.block) and view.block[at] == block else 0)
+        return 1 + (
+            int(view.attempt[at]) if at < len(view.block) and view.block[at] == block else 0
+        )
 
     def remove(self, *blocks: int) -> None:
-        """Uncommit blocks: by a newer entry that says so where a segment has one, then by deleting what is loose."""
-        columns, _ = self._segments.columns()
-        in_segments = set(np.concatenate([c.block for c in columns]).tolist()) if columns else set()
+        """Uncommit blocks: by a newer entry that says so, then by deleting the older ones that are files.
+
+        The next attempt is higher still, so that what was computed from a block is told from what will be.
+        """
+        view = self._view()
+        attempts = dict(zip(view.block.tolist(), view.attempt.tolist(), strict=True))
         for block in blocks:
-            if block in in_segments:
-                attempt = self.next_attempt(block)
-                body = {"block": block, "attempt": attempt, "fingerprint": self.fingerprint}
-                data = to_json(body | {"crc32c": json_sum(body)})
-                create_whole(self._run, f"{INTERNAL}/ledger/{block:08d}.{attempt}.gone", data)
+            attempt = attempts.get(block, 0) + 1
+            body = {"block": block, "attempt": attempt, "fingerprint": self.fingerprint}
+            data = to_json(body | {"crc32c": json_sum(body)})
+            create_whole(self._run, f"{INTERNAL}/ledger/{block:08d}.{attempt}.gone", data)
         chosen = set(blocks)
         names = [item.name for item in self._loose() if item.block in chosen and not item.gone]
         delete_all(self.folder, names)
+
+    def marks(self) -> dict[int, str]:
+        """Return the mark of each committed block: its attempt and a digest of its sums. Raises LedgerError."""
+        newest = self.committed()
+        if self._marked is None or self._marked[0] != newest:
+            view = self._view()
+            found = {
+                block: mark
+                for name in view.segments
+                for block, attempt, mark in self._segments.marks(name)
+                if newest.get(block) == attempt
+            }
+            for entry in self._examine_files(view):
+                if isinstance(entry, Damage):
+                    raise entry.error
+                files = ((path, size, crc) for path, (size, crc) in entry.files.items())
+                found[entry.block] = mark_of(entry.attempt, files)
+            self._marked = newest, found
+        return dict(self._marked[1])
 
     def drop_segment(self, path: str) -> None:
         """Delete a segment that cannot be trusted: what it held is computed again."""
@@ -191,9 +268,14 @@ class Ledger:
         if len(loose) < least:
             return 0
         columns, _ = self._segments.columns()
-        known = {pair for c in columns for pair in zip(c.block.tolist(), c.attempt.tolist(), strict=True)}
-        rows, moved = list[tuple[Entry, bool]](), list[str]()
-        for item, data in zip(loose, read_all(self.folder / item.name for item in loose), strict=True):
+        known = {
+            pair for c in columns for pair in zip(c.block.tolist(), c.attempt.tolist(), strict=True)
+        }
+        rows = list[tuple[Entry, bool]]()
+        moved = list[str]()
+        for item, data in zip(
+            loose, read_all(self.folder / item.name for item in loose), strict=True
+        ):
             try:
                 if item.gone:
                     entry = Entry(item.block, item.attempt, self.fingerprint, 0, 0, 0, {})
@@ -217,28 +299,40 @@ class Ledger:
                 mark = [quiet_mark(folder) for folder in (self.folder, self._run / SEGMENTS)]
                 if self._seen is None or self._seen.errors or None in mark or mark != self._mark:
                     self._seen = self._list()
-                self._seen_at, self._mark = begun, mark
+                self._seen_at = begun
+                self._mark = mark
             return self._seen
 
     def _list(self) -> _View:
         loose = self._loose()  # before the segments: see the module
         columns, errors = self._segments.columns()
-        parts = [(c.block, c.attempt, c.gone, np.full(len(c.block), at)) for at, c in enumerate(columns)]
-        parts.append((
-            np.array([item.block for item in loose], np.int64), np.array([item.attempt for item in loose], np.int64),
-            np.array([item.gone for item in loose], bool), np.full(len(loose), LOOSE),
-        ))  # fmt: skip
+        parts = [
+            (c.block, c.attempt, c.gone, np.full(len(c.block), at)) for at, c in enumerate(columns)
+        ]
+        parts.append(
+            (
+                np.array([item.block for item in loose], np.int64),
+                np.array([item.attempt for item in loose], np.int64),
+                np.array([item.gone for item in loose], bool),
+                np.full(len(loose), LOOSE),
+            )
+        )
         block, attempt, gone, source = map(np.concatenate, zip(*parts, strict=True))
         order = np.lexsort((source, attempt, block))
         newest = order[np.append(np.diff(block[order]) != 0, True)] if len(order) else order
         return _View(
-            block[newest], attempt[newest], gone[newest], source[newest],
-            {(item.block, item.attempt): item for item in loose}, [c.name for c in columns], errors,
-        )  # fmt: skip
+            block[newest],
+            attempt[newest],
+            gone[newest],
+            source[newest],
+            {(item.block, item.attempt): item for item in loose},
+            [c.name for c in columns],
+            errors,
+        )
 
     def _loose(self) -> list[Loose]:
         found = []
-        for name in names_in(self.folder):
+        for name in file_names(self.folder):
             stem, _, kind = name.rpartition(".")
             block, _, attempt = stem.partition(".")
             if kind in ("json", "gone") and block.isdecimal() and attempt.isdecimal():

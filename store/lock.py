@@ -14,7 +14,7 @@ from pathlib import Path
 from headwater.store.files import make_directories, sync_directory
 from headwater.store.lease import LockedError as LockedError
 from headwater.store.lease import lease
-from headwater.store.manifest import PROBE
+from headwater.store.manifest import PROBE, RunError
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place
 from headwater.store.writer import INTERNAL
@@ -32,6 +32,7 @@ def hold(run: Place) -> Iterator[Callable[[], None]]:
         return
     path = run / INTERNAL / "lock"
     make_directories(path.parent)
+    refuse_links(run)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -41,12 +42,26 @@ def hold(run: Place) -> Iterator[Callable[[], None]]:
                 f"{run} is being written by {_holder(path)}. One run has one writer: wait for it, or "
                 "stop it and run this command again."
             ) from None
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now().isoformat(timespec="seconds")}
+        me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.now().isoformat(timespec="seconds"),
+        }
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(me).encode(), 0)
         yield lambda: None
     finally:
         os.close(handle)
+
+
+def refuse_links(run: Path) -> None:
+    """Refuse to write where a link in a run's bookkeeping leads elsewhere: what lies there is changed and deleted."""
+    for item in (run / INTERNAL, *(run / INTERNAL).iterdir()):
+        if item.is_symlink():
+            raise RunError(
+                f"{item} is a link, and Headwater changes and deletes what lies there. Put the folder or file itself "
+                "in its place, or name another --out."
+            )
 
 
 def _holder(path: Path) -> str:
@@ -72,7 +87,9 @@ def probe(run: Place) -> None:
     first, second, third = (folder / f"{PROBE}{os.getpid()}-{i}" for i in range(3))
     operation = "create a file"
     try:
-        third.unlink(missing_ok=True)  # a process that died here may have had the same number, as in containers
+        third.unlink(
+            missing_ok=True
+        )  # a process that died here may have had the same number, as in containers
         first.write_bytes(b"headwater")
         operation = "rename a file"
         os.replace(first, second)

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from headwater.store.files import json_sum, make_directories, sync_directory, to_json, write_durably, write_temporary
+from headwater.store.files import (
+    json_sum,
+    make_directories,
+    sync_directory,
+    to_json,
+    unique_name,
+    write_durably,
+    write_synced,
+)
 from headwater.store.layout import ArraySpec, array_metadata
 from headwater.store.objects import ObjectPath, StoreError
 from headwater.store.place import Place
+from headwater.store.raw import PART, check_files, from_raw
 from headwater.store.shard import CRC_BYTES, crc32c
 from headwater.store.writer import INTERNAL
 
@@ -86,7 +96,8 @@ def read_manifest(run: Place) -> Manifest:
         )
     try:
         raw = json.loads(path.read_bytes())
-        check, version = raw.pop("crc32c"), raw["format_version"]
+        check = raw.pop("crc32c")
+        version = raw["format_version"]
         if version == FORMAT_VERSION and check != json_sum(raw):
             raise ValueError("it does not match its checksum")
         del raw["format"], raw["format_version"]
@@ -97,23 +108,89 @@ def read_manifest(run: Place) -> Manifest:
         ) from None
     except StoreError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunDamaged(
             f"{path} cannot be read ({error}). The run's description is damaged; restore this file from a "
             "copy, or extract the run anew."
         ) from error
     if version != FORMAT_VERSION:
+        made_by = raw.get("made_by")
+        maker = made_by.get("headwater") if isinstance(made_by, dict) else None
         raise RunError(
             f"{run} has format version {version}; this Headwater reads version {FORMAT_VERSION}. Use the "
-            f"Headwater that made it ({raw.get('made_by', {}).get('headwater', 'unknown')})."
+            f"Headwater that made it ({maker or 'unknown'})."
         )
-    raw["arrays"] = tuple(ArraySpec.from_json(spec) for spec in raw["arrays"])
-    return Manifest(**raw)
+    try:
+        return _manifest_of(raw)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise RunError(
+            f"{path} does not describe a run: {error}. Its checksum is right, so it was written so: by another "
+            "program, or by a later Headwater."
+        ) from error
+
+
+def _manifest_of(raw: dict[str, Any]) -> Manifest:
+    """Make a manifest of its JSON; raise ValueError for what no run can be."""
+    specs = raw.get("arrays")
+    if not isinstance(specs, list):
+        raise ValueError("its member 'arrays' is no list")
+    arrays = tuple(ArraySpec.from_json(spec) for spec in specs)
+    manifest = from_raw(Manifest, raw | {"arrays": []})
+    manifest = replace(manifest, arrays=arrays)
+    for name in ("n_sequences", "n_positions", "block", "micro"):
+        if not 1 <= getattr(manifest, name) < 1 << 48:
+            raise ValueError(f"its {name} is {getattr(manifest, name)}")
+    check_files(manifest.statics)
+    if any(len(pair) != 2 for pair in manifest.statics.values()):
+        raise ValueError("a member of its 'statics' is no pair of length and sum")
+    from_raw(_Model, manifest.model)
+    from_raw(_ModelSizes, manifest.model["config"])
+    from_raw(_Text, manifest.text)
+    for source in manifest.text["sources"]:
+        from_raw(_Source, source)
+    for spec in arrays:
+        if spec.shape[0 if spec.axis is None else 1] != manifest.n_sequences:
+            raise ValueError(f"its array {spec.name} has the shape {list(spec.shape)}")
+        if manifest.block % spec.sequences_per_shard and manifest.n_sequences > manifest.block:
+            raise ValueError(f"its array {spec.name} has shards that lie in more than one block")
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What every manifest says of the model."""
+
+    name: str
+    digest: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _ModelSizes:
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_vocab: int
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What every manifest says of the text."""
+
+    sources: list[dict[str, Any]]
+    packing: dict[str, Any] | None
+    request: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    path: str
 
 
 def write_manifest(run: Path, manifest: Manifest) -> None:
     """Commit stage 0."""
-    temporary = run / INTERNAL / "tmp" / "manifest.json"
+    temporary = run / INTERNAL / "tmp" / unique_name("manifest.json")
     write_durably(run / INTERNAL / "manifest.json", to_json(manifest.to_json()), temporary)
     (run / INTERNAL / "unfinished").unlink(missing_ok=True)
 
@@ -132,7 +209,12 @@ class PlainArray:
         chunk: int | None = None,
     ) -> None:
         row = int(np.prod(tail, dtype=np.int64)) * np.dtype(dtype).itemsize
-        self.run, self.name, self.dtype, self.dims, self.tail, self.fill = run, name, dtype, dims, tail, fill
+        self.run = run
+        self.name = name
+        self.dtype = dtype
+        self.dims = dims
+        self.tail = tail
+        self.fill = fill
         self.chunk = chunk or max(PLAIN_CHUNK_BYTES // row, 1)
         self.n, self.digest = 0, hashlib.sha256()
         self.statics: dict[str, list[int]] = {}
@@ -160,7 +242,9 @@ class PlainArray:
             rows[: self._held] = np.concatenate(self._parts)
             self._write((self.n - self._held) // self.chunk, rows)
         shape = (self.n, *self.tail)
-        return array_metadata(shape, self.dtype, (self.chunk, *self.tail), None, self.fill, self.dims, self.attributes)
+        return array_metadata(
+            shape, self.dtype, (self.chunk, *self.tail), None, self.fill, self.dims, self.attributes
+        )
 
     def _write(self, index: int, rows: np.ndarray) -> None:
         path = "/".join(map(str, [self.name, "c", index, *(0 for _ in self.tail)]))
@@ -172,7 +256,7 @@ def write_static(run: Path, path: str, data: bytes, statics: dict[str, list[int]
     """Write one of the files that never change and note its length and checksum (of a chunk its own) in `statics`."""
     final = run / path
     parents = make_directories(final.parent)
-    write_temporary(final, data)
+    write_synced(final, data)
     for directory in {final.parent, *parents}:
         sync_directory(directory)
     content = data[:-CRC_BYTES] if "/c/" in path else data
@@ -180,12 +264,19 @@ def write_static(run: Path, path: str, data: bytes, statics: dict[str, list[int]
 
 
 def write_metadata(
-    run: Path, arrays: Mapping[str, dict[str, Any]], attributes: Mapping[str, Any], statics: dict[str, list[int]]
+    run: Path,
+    arrays: Mapping[str, dict[str, Any]],
+    attributes: Mapping[str, Any],
+    statics: dict[str, list[int]],
 ) -> None:
     """Write every zarr.json: the arrays' own, then the root group's with all of them consolidated."""
     for name, metadata in arrays.items():
         write_static(run, f"{name}/zarr.json", to_json(metadata), statics)
-    consolidated = {"kind": "inline", "must_understand": False, "metadata": dict(sorted(arrays.items()))}
+    consolidated = {
+        "kind": "inline",
+        "must_understand": False,
+        "metadata": dict(sorted(arrays.items())),
+    }
     root = {
         "zarr_format": 3,
         "node_type": "group",
@@ -208,29 +299,67 @@ def write_coordinate(
 
 
 def check_target(run: Place) -> None:
-    """Refuse a directory that is neither new, nor empty, nor ours; nothing is touched."""
+    """Refuse a directory that is neither new, nor empty, nor ours, or lies in another run; nothing is touched."""
     if isinstance(run, ObjectPath):
         _check_prefix(run)
         return
+    if not manifest_path(run).exists():
+        _check_above(run)
     if not run.exists():
         return
     if not run.is_dir():
-        raise RunError(f"--out {run} is a file; name a directory that does not exist yet, or a run to resume.")
+        raise RunError(
+            f"--out {run} is a file; name a directory that does not exist yet, or a run to resume."
+        )
     if manifest_path(run).exists() or (run / INTERNAL / "unfinished").exists():
         return
-    ours = {INTERNAL, f"{INTERNAL}/lock", f"{INTERNAL}/tmp", f"{INTERNAL}/ledger", f"{INTERNAL}/tmp/unfinished"}
-    for item in (path for folder in (run, run / INTERNAL, run / INTERNAL / "tmp") for path in _listed(folder)):
+    ours = {
+        INTERNAL,
+        f"{INTERNAL}/lock",
+        f"{INTERNAL}/tmp",
+        f"{INTERNAL}/ledger",
+    }
+    ours_in_tmp = (f"{INTERNAL}/tmp/{PROBE}", f"{INTERNAL}/tmp/unfinished")
+    for item in (
+        path for folder in (run, run / INTERNAL, run / INTERNAL / "tmp") for path in _listed(folder)
+    ):
         name = item.relative_to(run).as_posix()
-        if name not in ours and not name.startswith(f"{INTERNAL}/tmp/{PROBE}"):
+        if name not in ours and not name.startswith(ours_in_tmp):
             raise RunError(
                 f"--out {run} is not empty and not a Headwater run (it holds {name!r}). Name a new directory; "
                 "Headwater writes only into its own."
             )
 
 
+def _check_above(run: Place) -> None:
+    """Refuse a place in a run, or in the results of one.
+
+    A folder there can mean something to that run: one named `00000001.9.gone` in its ledger takes a block out.
+    """
+    for above in _places_above(run):
+        name = above.name.removesuffix(".analysis")
+        of = above.with_name(name) if name != above.name else above
+        with suppress(OSError):  # who may write here need not be allowed to look there
+            if _has_begun(of):
+                raise RunError(f"--out {run} lies in the run {of}. Name a place outside of it.")
+
+
+def _places_above(run: Place) -> list[Place]:
+    if not isinstance(run, ObjectPath):
+        return list(Path(os.path.realpath(run)).parents)
+    scheme, _, rest = str(run).partition("://")
+    bucket, *names = rest.split("/")
+    return [ObjectPath(f"{scheme}://{bucket}", "/".join(names[:i])) for i in range(len(names))]
+
+
+def _has_begun(run: Place) -> bool:
+    return manifest_path(run).is_file() or (run / INTERNAL / "unfinished").is_file()
+
+
 def _check_prefix(run: ObjectPath) -> None:
-    if manifest_path(run).is_file() or (run / INTERNAL / "unfinished").is_file():
+    if _has_begun(run):
         return
+    _check_above(run)
     for item in run.iterdir():
         name = item.relative_to(run).as_posix()
         if name != f"{INTERNAL}/lock" and not name.startswith(f"{INTERNAL}/tmp/"):
@@ -263,16 +392,42 @@ def settle(run: Place) -> None:
 def mark_unfinished(run: Path, names: Iterable[str]) -> None:
     """Note that stage 0 is under way and which files and directories of the run it may make."""
     data = "".join(f"{name}\n" for name in names).encode()
-    write_durably(run / INTERNAL / "unfinished", data, run / INTERNAL / "tmp" / "unfinished")
+    write_durably(
+        run / INTERNAL / "unfinished", data, run / INTERNAL / "tmp" / unique_name("unfinished")
+    )
 
 
 def clear_unfinished(run: Path) -> None:
-    """Remove what an interrupted stage 0 made, and nothing else."""
+    """Remove what an interrupted stage 0 made, and nothing else.
+
+    The note of what it may make is only a file, which anybody may have written: of each name that could be an array's,
+    only what an array has is removed, and links are never followed. Raises RunError for anything else.
+    """
     marker = run / INTERNAL / "unfinished"
     for name in marker.read_text().split("\n")[:-1] if marker.exists() else ():
+        if not PART.fullmatch(name) or not name.strip(".") or name == INTERNAL:
+            raise RunError(
+                f"{marker} names {name!r}, which Headwater does not make. Nothing of it was deleted; look at what lies "
+                f"in {run}, and name another --out."
+            )
         item = run / name
-        if item.is_dir():
-            shutil.rmtree(item)
-        else:
-            item.unlink(missing_ok=True)
+        if item.is_symlink() or item.is_file():
+            item.unlink()
+        elif item.is_dir():
+            _remove_array(item)
     sync_directory(run)
+
+
+def _remove_array(folder: Path) -> None:
+    """Remove a Zarr array's description and chunks; raise RunError where its folder holds anything else."""
+    for place, folders, files in os.walk(folder, topdown=False):
+        inside = Path(place).relative_to(folder).parts
+        for name in (*folders, *files):
+            item = Path(place, name)
+            chunk = inside[:1] == ("c",) and name.isdecimal()
+            if not (chunk or (not inside and name in ("c", "zarr.json"))) or item.is_symlink():
+                raise RunError(
+                    f"{item} is not part of an array, so {folder} was not made by Headwater. Move it away, or name "
+                    "another --out."
+                )
+    shutil.rmtree(folder)

@@ -11,12 +11,14 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from random import random
 from typing import Any, BinaryIO, TypeVar
+
+from headwater.store.versions import check_versions
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 PUT_BYTES = 64 << 20
@@ -25,12 +27,18 @@ READ_BYTES = 8 << 20
 REQUEST_SECONDS = 300
 RETRIES: dict[str, Any] = {
     "max_retries": 12,
-    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=15), "base": 2},
+    "backoff": {
+        "init_backoff": timedelta(milliseconds=100),
+        "max_backoff": timedelta(seconds=15),
+        "base": 2,
+    },
     "retry_timeout": timedelta(minutes=5),
 }
 ATTEMPTS = 10
 NO_BUCKET = "{}: there is no such bucket"
 PAGE = 1000
+# Whether the store of a prefix has conditional writes, as it answered this process.
+_CONDITIONS: dict[tuple[str, int], bool] = {}
 T = TypeVar("T")
 
 
@@ -49,7 +57,8 @@ class ObjectPath:
     """
 
     def __init__(self, root: str, key: str = "") -> None:
-        self.root, self.key = root.rstrip("/"), key
+        self.root = root.rstrip("/")
+        self.key = key
 
     def __truediv__(self, name: str) -> ObjectPath:
         return ObjectPath(self.root, f"{self.key}/{name}".strip("/"))
@@ -88,7 +97,12 @@ class ObjectPath:
 
     def is_dir(self) -> bool:
         """Whether there are objects under this prefix."""
-        return _ask(self, lambda: any(map(len, _obstore().list(_store(self.root), self.key or None, chunk_size=1))))
+        return _ask(
+            self,
+            lambda: any(
+                map(len, _obstore().list(_store(self.root), self.key or None, chunk_size=1))
+            ),
+        )
 
     def exists(self) -> bool:
         """Whether there is anything here."""
@@ -125,7 +139,9 @@ class ObjectPath:
         starts, lengths = zip(*ranges, strict=True)
 
         def get() -> list[bytes]:
-            parts = _obstore().get_ranges(_store(self.root), self.key, starts=starts, lengths=lengths)
+            parts = _obstore().get_ranges(
+                _store(self.root), self.key, starts=starts, lengths=lengths
+            )
             return [bytes(part) for part in parts]
 
         return _ask(self, get)
@@ -133,11 +149,16 @@ class ObjectPath:
     def read_end(self, n_bytes: int) -> bytes:
         """Return the last bytes of the object."""
         last = {"range": {"suffix": n_bytes}}
-        return _ask(self, lambda: bytes(_obstore().get(_store(self.root), self.key, options=last).bytes()))
+        return _ask(
+            self, lambda: bytes(_obstore().get(_store(self.root), self.key, options=last).bytes())
+        )
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open the object for reading, with seeks."""
-        reader = _ask(self, lambda: _obstore().open_reader(_store(self.root), self.key, buffer_size=READ_BYTES))
+        reader = _ask(
+            self,
+            lambda: _obstore().open_reader(_store(self.root), self.key, buffer_size=READ_BYTES),
+        )
         return io.BufferedReader(_Reader(self, reader), READ_BYTES)
 
     def iterdir(self) -> Iterator[ObjectPath]:
@@ -149,7 +170,9 @@ class ObjectPath:
 
     def folders(self) -> list[str]:
         """List the names of the prefixes directly under this one, without what is in them."""
-        found = _ask(self, lambda: _obstore().list_with_delimiter(_store(self.root), self.key or None))
+        found = _ask(
+            self, lambda: _obstore().list_with_delimiter(_store(self.root), self.key or None)
+        )
         return [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
 
     def touch(self) -> None:
@@ -174,14 +197,20 @@ class ObjectPath:
         """Write the object unless it exists; return whether it is ours.
 
         The condition is the store's own (If-None-Match) where it has that, else a look before. A request whose answer
-        was lost is told from another's by its bytes.
+        was lost is told from another's by its bytes. Where nothing is there after a refusal, two requests met
+        (409 ConditionalRequestConflict), or the object was deleted meanwhile: it is tried again.
         """
         for attempt in range(ATTEMPTS):
             try:
                 self._put_if(data, "create")
                 return True
             except FileExistsError:
-                return self.read_bytes() == data
+                try:
+                    return self.read_bytes() == data
+                except FileNotFoundError:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+                    _rest(attempt)
             except NotImplementedError:
                 if self.is_file():
                     return self.read_bytes() == data
@@ -198,16 +227,39 @@ class ObjectPath:
         return self._put_if(data, {"e_tag": tag})
 
     def _put_if(self, data: bytes, mode: Any) -> str:
+        """Write the object under a condition; return its tag.
+
+        Raises FileExistsError where the condition does not hold, and NotImplementedError where the store has none. A
+        store that has none answers 501, which obstore takes for an error that passes, and tries again and again: so
+        the first request to a store goes through a client that asks once, and the answer is remembered.
+        """
+        place = (self.root, os.getpid())
+        if place not in _CONDITIONS:
+            with suppress(StoreError):
+                return self._put_once_if(_store(self.root, patient=False), data, mode)
+        if _CONDITIONS.get(place, True):
+            return self._put_once_if(_store(self.root), data, mode)
+        raise NotImplementedError(f"the store of {self} has no conditional writes")
+
+    def _put_once_if(self, store: Any, data: bytes, mode: Any) -> str:
         errors = _errors()
+        place = (self.root, os.getpid())
         with _explained(self):
             try:
-                return str(_obstore().put(_store(self.root), self.key, data, mode=mode)["e_tag"])
+                tag = str(_obstore().put(store, self.key, data, mode=mode)["e_tag"])
             except (errors.AlreadyExistsError, errors.PreconditionError) as error:
+                _CONDITIONS[place] = True
                 raise FileExistsError(f"{self} was written by another process") from error
             except (errors.NotSupportedError, errors.GenericError) as error:
-                if isinstance(error, errors.NotSupportedError) or "501 Not Implemented" in str(error):
-                    raise NotImplementedError(f"the store of {self} has no conditional writes") from error
-                raise
+                unknown = isinstance(error, errors.NotSupportedError)
+                if not unknown and "501 Not Implemented" not in str(error):
+                    raise
+                _CONDITIONS[place] = False
+                raise NotImplementedError(
+                    f"the store of {self} has no conditional writes"
+                ) from error
+        _CONDITIONS[place] = True
+        return tag
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the object; without it nothing happens, whatever `missing_ok` says."""
@@ -236,7 +288,8 @@ class _Reader(io.RawIOBase):
     """obstore's reader as a raw file: io.BufferedReader does the rest."""
 
     def __init__(self, path: ObjectPath, reader: Any) -> None:
-        self._path, self._reader = path, reader
+        self._path = path
+        self._reader = reader
 
     def readable(self) -> bool:
         return True
@@ -272,9 +325,15 @@ def _obstore() -> Any:
         import obstore
     except ImportError as error:
         raise ValueError(
-            "runs in an object store need the package obstore: install Headwater with it, `pip install headwater[s3]`."
+            "runs in an object store need the package obstore: run `pip install obstore`."
         ) from error
+    _check_obstore()
     return obstore
+
+
+@cache
+def _check_obstore() -> None:
+    check_versions("obstore")
 
 
 def _errors() -> Any:
@@ -283,23 +342,27 @@ def _errors() -> Any:
     return obstore.exceptions
 
 
-def _store(root: str) -> Any:
-    """Return obstore's handle of a prefix, one a process: its threads do not survive a fork."""
+def _store(root: str, patient: bool = True) -> Any:
+    """Return obstore's handle of a prefix, one a process (its threads do not survive a fork) and endpoint."""
     _obstore()
-    return _connect(root, os.getpid())
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return _connect(root, os.getpid(), endpoint, patient)
 
 
 @lru_cache(64)
-def _connect(root: str, process: int) -> Any:
+def _connect(root: str, process: int, endpoint: str, patient: bool) -> Any:
     from obstore.store import from_url
 
     scheme, _, rest = root.partition(":")
     if not rest.strip("/"):
         raise ValueError(f"{scheme}:// names no bucket; expected {scheme}://BUCKET/PREFIX.")
-    options: dict[str, Any] = {"timeout": f"{REQUEST_SECONDS} seconds", "connect_timeout": "20 seconds"}
-    more: dict[str, Any] = {"client_options": options, "retry_config": RETRIES}
+    options: dict[str, Any] = {
+        "timeout": f"{REQUEST_SECONDS} seconds",
+        "connect_timeout": "20 seconds",
+    }
+    retries = RETRIES if patient else RETRIES | {"max_retries": 0}
+    more: dict[str, Any] = {"client_options": options, "retry_config": retries}
     if scheme in ("s3", "s3a"):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         more |= {"config": {"endpoint": endpoint}} if endpoint else {}
         options["allow_http"] = endpoint.startswith("http://")
         if (provider := _aws_credentials()) is not None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
+from urllib.parse import unquote
 
-from headwater.store.files import create_durably, sync_directory, write_durably
-from headwater.store.objects import ObjectPath, is_url
+from headwater.store.files import create_durably, sync_directory, unique_name, write_durably
+from headwater.store.objects import SCHEMES, ObjectPath, is_url
 from headwater.store.writer import INTERNAL
 
 REQUESTS = 32
 QUIET_SECONDS = 3.0
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)
 
 Place = Path | ObjectPath
 A = TypeVar("A")
@@ -30,10 +33,40 @@ class FileState(NamedTuple):
 
 
 def place_of(text: str | os.PathLike[str] | ObjectPath) -> Place:
-    """Return the place that a text names: `s3://bucket/prefix` and the like, or a path."""
+    """Return the place that a text names: `s3://bucket/prefix` and the like, or a path; see `plain_place`."""
     if isinstance(text, ObjectPath):
         return text
-    return ObjectPath(os.fspath(text)) if is_url(os.fspath(text)) else Path(text)
+    plain = plain_place(os.fspath(text))
+    return ObjectPath(plain) if is_url(plain) else Path(plain)
+
+
+def plain_place(text: str) -> str:
+    """Return a place with the path in place of `file://…`, and the scheme of an object store in small letters.
+
+    Raises ValueError for another scheme, which would only make a directory of that name.
+    """
+    found = URL.fullmatch(text)
+    if found is None:
+        return text
+    scheme = found[1].lower()
+    slashes = found[2]
+    rest = found[3]
+    if scheme == "file":
+        host, slash, path = rest.partition("/") if slashes == "//" else ("", "/", rest)
+        if host not in ("", "localhost") or not slash:
+            raise ValueError(
+                f"{text} names a file on {host!r}; expected an absolute path on this machine, such as "
+                "file:///data/run, or the path alone."
+            )
+        return unquote(f"/{path}")
+    if scheme in SCHEMES and slashes == "//":
+        return f"{scheme}://{rest}"
+    if slashes == "//" or scheme in SCHEMES:
+        raise ValueError(
+            f"{text} is no place for a run; expected a path, file:///path, or an object store's "
+            f"{', '.join(f'{name}://' for name in SCHEMES)} with both slashes. Name another place."
+        )
+    return text
 
 
 def write_whole(run: Place, name: str, data: bytes) -> None:
@@ -59,14 +92,18 @@ def quiet_mark(folder: Place) -> str | None:
     if isinstance(folder, ObjectPath):
         return None
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)  # a network file system asks again at each open
+        handle = os.open(
+            folder, os.O_RDONLY | os.O_DIRECTORY
+        )  # a network file system asks again at each open
     except FileNotFoundError:
         return ""
     try:
         stat = os.fstat(handle)
     finally:
         os.close(handle)
-    return f"{stat.st_ino} {stat.st_mtime_ns}" if time.time() - stat.st_mtime > QUIET_SECONDS else None
+    return (
+        f"{stat.st_ino} {stat.st_mtime_ns}" if time.time() - stat.st_mtime > QUIET_SECONDS else None
+    )
 
 
 def names_in(folder: Place) -> Iterator[str]:
@@ -78,6 +115,17 @@ def names_in(folder: Place) -> Iterator[str]:
         with os.scandir(folder) as items:
             for item in items:
                 yield item.name
+
+
+def file_names(folder: Place) -> Iterator[str]:
+    """Yield the names of the files directly in a folder of a run: what is a folder or a link is nobody's entry."""
+    if isinstance(folder, ObjectPath):
+        yield from names_in(folder)
+    elif folder.is_dir():
+        with os.scandir(folder) as items:
+            for item in items:
+                if item.is_file(follow_symlinks=False):
+                    yield item.name
 
 
 def folders_in(folder: Place) -> list[str]:
@@ -171,4 +219,4 @@ def _read(path: Place) -> bytes | OSError:
 
 
 def _temporary(run: Path, name: str) -> Path:
-    return run / INTERNAL / "tmp" / f"{name.rpartition('/')[2]}.{os.getpid()}"
+    return run / INTERNAL / "tmp" / unique_name(name.rpartition("/")[2])

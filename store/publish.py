@@ -36,7 +36,9 @@ def clear_unpublished(run: ObjectPath) -> None:
 
 
 @contextmanager
-def open_writer(run: Place, specs: Sequence[ArraySpec], block: int, n_threads: int = 1) -> Iterator[BlockWriter]:
+def open_writer(
+    run: Place, specs: Sequence[ArraySpec], block: int, n_threads: int = 1
+) -> Iterator[BlockWriter]:
     """Open a writer for a run: into its directory, or through a scratch directory into an object store.
 
     `n_threads` write into a directory; UPLOADS threads into a store.

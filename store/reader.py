@@ -1,48 +1,66 @@
-"""Read a run: named slices, blocks, xarray. Uncompressed shards on disk are mapped into memory and not copied."""
+"""Read a run: named slices, blocks, xarray. Uncompressed shards on disk are mapped into memory and not copied.
+
+What is read is what was committed, or an error. A file that is written once is compared with the manifest whenever it
+is read. A shard is compared with the ledger when it is first opened, and again after the file was replaced or written
+to: its length, and its sum over the checksums of its chunks, so that no shard passes for another. Each chunk is
+compared with its own checksum when a process first reads it.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from headwater.store.chunked import ChunkedArray, ChunkPlace
 from headwater.store.layout import CODECS, ArraySpec
-from headwater.store.ledger import Ledger
+from headwater.store.ledger import Entry, Ledger
 from headwater.store.manifest import Manifest, RunError, read_manifest
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place, for_zarr, place_of, size_of
-from headwater.store.shard import CRC_BYTES, MISSING, crc32c
-from headwater.store.shard_file import ShardFile, open_shard
+from headwater.store.plain import CompleteArray, SmallArray
+from headwater.store.shard import CRC_BYTES, MISSING, checksum_of
+from headwater.store.shard_file import ShardFile, open_shard, version_of
 
 OPEN_SHARDS = 64
 OPEN_ARRAYS = 64
+KNOWN_ENTRIES = 64
 FETCHES = 8
-ChunkPlace = tuple[int, ...]
 
 
-def open_run(path: str | os.PathLike[str] | ObjectPath) -> Run:
-    """Open a run for reading, whole or half done; raise RunError where there is none."""
-    return Run(place_of(path))
+def open_run(path: str | os.PathLike[str] | ObjectPath, checked: bool = True) -> Run:
+    """Open a run for reading, whole or half done; raise RunError where there is none.
+
+    Without `checked`, captured values are read as they lie on the disk, and damage to them is not noticed.
+    """
+    return Run(place_of(path), checked)
 
 
 class Run:
     """A run on disk or in an object store. `run["resid"][4, 0]` gives numpy values; `run.to_xarray()` a dataset.
 
     What was not captured yet reads as the array's fill value (NaN, −1); `run.complete` says which sequences are there.
-    On disk, raw values are read through memory maps, without their checksums: `headwater verify` checks those.
+    Values that are not those which were committed raise RunError, with the file and what to do; see the module.
+    `"resid" in run`, `list(run)` and `len(run)` are about the captured arrays.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Place, checked: bool = True) -> None:
         self.path = path
+        self.checked = checked
         self.manifest: Manifest = read_manifest(path)
         self.ledger = Ledger(path, self.manifest.fingerprint)
         self._specs = {spec.name: spec for spec in self.manifest.arrays}
-        self._shard = lru_cache(OPEN_SHARDS)(self.open_shard)
+        self._lock = threading.Lock()
+        self._shards: OrderedDict[str, ShardFile] = OrderedDict()
+        self._entries: OrderedDict[int, Entry] = OrderedDict()
         self.small = lru_cache(OPEN_ARRAYS)(self._open_small)
         self.coordinate = lru_cache(OPEN_ARRAYS)(self._read_coordinate)
 
@@ -52,6 +70,15 @@ class Run:
             f"<headwater.Run {self.path}: {m.n_sequences} sequences of {m.n_positions} positions, "
             f"{int(self.complete.sum())} complete, sites {', '.join(self.sites)}>"
         )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -74,16 +101,36 @@ class Run:
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
         """Read rows [first, last) of one of the small arrays."""
-        return np.asarray(self.small(name)[first:last])
+        return np.array(self.small(name)[first:last])
 
     def read_text(self, name: str) -> str | None:
         """Read a text file of the run, such as tokenizer.json; None where it has none."""
-        path = self.path / name
-        return path.read_text() if path.is_file() else None
+        return self.read_static(name).decode() if name in self.manifest.statics else None
+
+    def read_static(self, name: str) -> bytes:
+        """Read a file that was written with the text; raise RunError where it is not what the manifest says."""
+        try:
+            data = (self.path / name).read_bytes()
+        except FileNotFoundError:
+            raise RunError(f"{self.path / name} is missing. {self._restore()}") from None
+        expected = self.manifest.statics.get(name)
+        if expected is not None and static_sum(name, data) != tuple(expected):
+            raise RunError(
+                f"{self.path / name} is not the file that was written with the run: it does not match its checksum. "
+                f"{self._restore()}"
+            )
+        return data
+
+    def _restore(self) -> str:
+        return "Files that are written once cannot be computed again: restore it from a copy, or extract the run anew."
 
     def spec(self, name: str) -> ArraySpec:
         """Return the specification of a captured array; raise RunError with what there is."""
         if name not in self._specs:
+            if name == "complete" or f"{name}/zarr.json" in self.manifest.statics:
+                raise RunError(
+                    f"{name!r} of {self.path} is a small array, which is read whole: run.plain({name!r})."
+                )
             raise RunError(
                 f"{self.path} has no {name!r}; it holds {', '.join(self._specs)}. Extract a run with --sites {name}."
             )
@@ -111,7 +158,9 @@ class Run:
         place = lead // spec.layers_per_shard if spec.axis else 0
         for group in range(first // spec.sequences_per_shard, -(-last // spec.sequences_per_shard)):
             try:
-                file = os.open(str(self.path / spec.shard_path(place, group)), os.O_RDONLY | os.O_CLOEXEC)
+                file = os.open(
+                    str(self.path / spec.shard_path(place, group)), os.O_RDONLY | os.O_CLOEXEC
+                )
             except FileNotFoundError:
                 continue
             try:
@@ -123,21 +172,16 @@ class Run:
         """Open the run as an xarray dataset; values are read when they are used."""
         import xarray
 
-        return xarray.open_zarr(for_zarr(self.path), chunks=None)
+        return xarray.open_zarr(for_zarr(self.path), chunks=None, zarr_format=3)
 
-    def stream(self, site: str = "resid", batch_tokens: int = 4096, **options: Any) -> Any:
-        """Stream a site's vectors in shuffled batches, as a torch IterableDataset; see `headwater.stream`."""
-        import headwater
-
-        return headwater.stream(self, site, batch_tokens, **options)
-
-    def _open_small(self, name: str) -> Any:
-        """Open one of the small arrays with zarr."""
-        import zarr
-
-        if not (self.path / name / "zarr.json").is_file():
+    def _open_small(self, name: str) -> ChunkedArray:
+        """Open one of the small arrays."""
+        if name == "complete":
+            m = self.manifest
+            return CompleteArray(m.n_sequences, m.block, self.ledger.holds)
+        if f"{name}/zarr.json" not in self.manifest.statics:
             raise RunError(f"{self.path} has no array {name!r}.")
-        return zarr.open_array(for_zarr(self.path / name), mode="r")
+        return SmallArray(name, self.read_static)
 
     def _read_coordinate(self, dim: str) -> np.ndarray | None:
         """Read the model's numbers of a dimension's layers, depths or heads; None where none are stored."""
@@ -147,64 +191,102 @@ class Run:
         numbers.flags.writeable = False
         return numbers
 
-    def open_shard(self, path: str, n_chunks: int) -> ShardFile:
-        """Open a shard with its index; raise FileNotFoundError without it."""
+    def shard(self, spec: ArraySpec, lead: int, group: int) -> ShardFile | None:
+        """Return a shard by its number along the leading dimension and along the sequences; None where it was not made.
+
+        It stays open; a file that was replaced or written to is opened anew. Raises RunError for a shard that is not
+        the one which was committed.
+        """
+        path = spec.shard_path(lead, group)
+        first = group * spec.sequences_per_shard
         try:
-            return open_shard(self.path / path, n_chunks)
+            shard = self._opened(path, int(np.prod(spec.grid)))
+        except FileNotFoundError:
+            block = first // self.manifest.block
+            if self._entry(block, again=True) is not None:
+                raise RunError(
+                    f"{self.path / path} is missing, though block {block} is committed. {self._repair()}"
+                ) from None
+            return None
+        if self.checked and (found := shard.sum()) is not None:
+            block = first // self.manifest.block
+            for again in (False, True):  # a block that was computed again has a newer entry
+                entry = self._entry(block, again)
+                if entry is None or entry.files.get(path) == [*found]:
+                    return shard
+            raise RunError(
+                f"{self.path / path} is not the file that was committed with block {block}: it was damaged "
+                f"or replaced. {self._repair()}"
+            )
+        return shard
+
+    def forget(self, path: str) -> None:
+        """Close a shard: an object may have been replaced since its index was read."""
+        with self._lock:
+            self._shards.pop(path, None)
+
+    def damaged(self, path: str, what: str) -> RunError:
+        """Return the error for a shard that cannot be trusted."""
+        return RunError(f"{self.path / path}: {what}. {self._repair()}")
+
+    def _repair(self) -> str:
+        return f"Run `headwater verify --repair {self.path}`, then extract again."
+
+    def _opened(self, path: str, n_chunks: int) -> ShardFile:
+        """Return a shard that is open, as long as it is the file of that name; raise FileNotFoundError without one."""
+        there = None if isinstance(self.path, ObjectPath) else version_of(os.stat(self.path / path))
+        with self._lock:
+            shard = self._shards.get(path)
+            if shard is not None and shard.version == there:
+                self._shards.move_to_end(path)
+                return shard
+        try:
+            shard = open_shard(self.path / path, n_chunks)
         except ValueError as error:
             what = "is empty" if size_of(self.path / path) == 0 else str(error)
-            raise RunError(
-                f"{self.path / path}: {what}. Run `headwater verify --repair {self.path}`, then extract again."
-            ) from error
+            raise self.damaged(path, what) from error
+        with self._lock:
+            self._shards[path] = shard
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        return shard
+
+    def _entry(self, block: int, again: bool = False) -> Entry | None:
+        """Return the ledger's entry of a block, None where it is not committed; `again` looks for a newer one."""
+        with self._lock:
+            found = None if again else self._entries.get(block)
+        if found is None and (found := self.ledger.find(block)) is not None:
+            with self._lock:
+                self._entries[block] = found
+                if len(self._entries) > KNOWN_ENTRIES:
+                    self._entries.popitem(last=False)
+        return found
 
 
-class RunArray:
-    """One array of a run: `shape`, `dims`, `dtype`, and basic indexing that returns numpy arrays.
+def static_sum(name: str, data: bytes) -> tuple[int, int]:
+    """Return length and sum of a file of stage 0; a chunk's sum is that of its values, which is also stored in it."""
+    if "/c/" not in name:
+        return len(data), int(google_crc32c.value(data))
+    check = int(google_crc32c.value(data[:-CRC_BYTES]))
+    stored = int.from_bytes(data[-CRC_BYTES:], "little")
+    return len(data), check if check == stored else -1
 
-    A selection inside one raw chunk is a read-only view of the file; anything else is copied.
+
+class RunArray(ChunkedArray):
+    """One captured array of a run: `shape`, `dims`, `dtype`, and indexing that returns numpy arrays.
+
+    A selection inside one raw chunk is a read-only view of the file; anything else is copied. One dimension may be
+    indexed by a list of integers or a mask, such as `run.complete`.
     """
 
     def __init__(self, run: Run, spec: ArraySpec) -> None:
+        super().__init__(spec.name, spec.dims, spec.shape, spec.dtype, spec.chunk, spec.fill)
         self._run = run
         self.spec = spec
-        self.name, self.dims, self.shape = spec.name, spec.dims, spec.shape
-        self.dtype = np.dtype(spec.dtype)
-
-    def __repr__(self) -> str:
-        sizes = ", ".join(f"{d}: {n}" for d, n in zip(self.dims, self.shape, strict=True))
-        return f"<headwater.RunArray {self.name} ({sizes}) {self.dtype}>"
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        ranges, dropped = self._ranges(key)
-        chunks = [
-            range(r.start // c, -(-r.stop // c)) if len(r) else range(0)
-            for r, c in zip(ranges, self.spec.chunk, strict=True)
-        ]
-        places = [tuple(c[i] for c, i in zip(chunks, at, strict=True)) for at in np.ndindex(*map(len, chunks))]
-        if len(places) == 1 and all(map(len, ranges)):
-            ((place, data),) = self._read(places)
-            inside = tuple(
-                slice(r.start - p * c, r.stop - p * c) for r, p, c in zip(ranges, place, self.spec.chunk, strict=True)
-            )
-            out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype) if data is None else data[inside]
-        else:
-            out = np.full([len(r) for r in ranges], self.spec.fill, self.dtype)
-            for place, data in self._read(places):
-                if data is not None:
-                    self._copy(place, data, ranges, out)
-        return out[tuple(0 if d else slice(None) for d in dropped)]
-
-    def _copy(self, place: ChunkPlace, data: np.ndarray, ranges: list[range], out: np.ndarray) -> None:
-        source, target = [], []
-        for p, c, r in zip(place, self.spec.chunk, ranges, strict=True):
-            low, high = max(r.start, p * c), min(r.stop, (p + 1) * c)
-            source.append(slice(low - p * c, high - p * c))
-            target.append(slice(low - r.start, high - r.start))
-        out[tuple(target)] = data[tuple(source)]
 
     def _read(self, places: Sequence[ChunkPlace]) -> Iterator[tuple[ChunkPlace, np.ndarray | None]]:
         """Yield chunks, None for those that are missing, shard by shard; objects are fetched side by side."""
-        groups: dict[str, list[ChunkPlace]] = {}
+        groups: dict[tuple[int, int], list[ChunkPlace]] = {}
         for place in places:
             groups.setdefault(self._shard_of(place), []).append(place)
         if isinstance(self._run.path, ObjectPath) and len(groups) > 1:
@@ -212,62 +294,49 @@ class RunArray:
                 for found in pool.map(self._read_shard, groups, groups.values()):
                     yield from found
         else:
-            for path, members in groups.items():
-                yield from self._read_shard(path, members)
+            for shard, members in groups.items():
+                yield from self._read_shard(shard, members)
 
-    def _shard_of(self, place: ChunkPlace) -> str:
+    def _shard_of(self, place: ChunkPlace) -> tuple[int, int]:
+        """Return which shard a chunk lies in: along the leading dimension, and along the sequences."""
         shard = [p // g for p, g in zip(place, self.spec.grid, strict=True)]
-        return self.spec.shard_path(shard[0], shard[1]) if self.spec.axis else self.spec.shard_path(0, shard[0])
+        return (shard[0], shard[1]) if self.spec.axis else (0, shard[0])
 
-    def _read_shard(self, path: str, places: Sequence[ChunkPlace]) -> list[tuple[ChunkPlace, np.ndarray | None]]:
+    def _read_shard(
+        self, where: tuple[int, int], places: Sequence[ChunkPlace]
+    ) -> list[tuple[ChunkPlace, np.ndarray | None]]:
         grid = self.spec.grid
-        try:
-            shard = self._run._shard(path, int(np.prod(grid)))
-        except FileNotFoundError:
-            return [(place, None) for place in places]
-        inside = [tuple(p % g for p, g in zip(place, grid, strict=True)) for place in places]
-        spots = [shard.index[np.ravel_multi_index(i, grid)] for i in inside]
-        there = [i for i, spot in enumerate(spots) if int(spot[0]) != MISSING]
-        parts = shard.read([(int(spots[i][0]), int(spots[i][1])) for i in there]) if there else []
+        shard = self._run.shard(self.spec, *where)
         found: list[tuple[ChunkPlace, np.ndarray | None]] = [(place, None) for place in places]
-        for i, part in zip(there, parts, strict=True):
-            found[i] = places[i], self._decode(part, shard.checked, f"{self._run.path / path}: chunk {inside[i]}")
+        if shard is None:
+            return found
+        inside = [tuple(p % g for p, g in zip(place, grid, strict=True)) for place in places]
+        numbers = [int(np.ravel_multi_index(i, grid)) for i in inside]
+        spots = {
+            i: (int(offset), int(n))
+            for i, (offset, n) in enumerate(shard.index[numbers])
+            if offset != MISSING
+        }
+        parts = shard.read(list(spots.values())) if spots else []
+        for i, part in zip(spots, parts, strict=True):
+            if self._run.checked and not shard.checks.chunks[numbers[i]]:
+                self._check(part, where, inside[i])
+                shard.checks.chunks[numbers[i]] = True
+            found[i] = places[i], self._decode(part[:-CRC_BYTES])
         return found
 
-    def _decode(self, stored: np.ndarray, checked: bool, what: str) -> np.ndarray:
-        spec, raw = self.spec, stored[:-CRC_BYTES]
-        packed = CODECS[spec.codec] is not None
-        if (packed or not checked) and crc32c(raw) != stored[-CRC_BYTES:].tobytes():
-            raise RunError(
-                f"{what} does not match its checksum. Run `headwater verify --repair {self._run.path}`, then extract "
-                "again."
-            )
-        if packed:
-            raw = np.frombuffer(Zstd().decode(raw), np.uint8)
-        return raw.view(self.dtype).reshape(spec.chunk)
+    def _check(self, stored: np.ndarray, where: tuple[int, int], inside: ChunkPlace) -> None:
+        if len(stored) < CRC_BYTES or chunk_is_damaged(stored):
+            path = self.spec.shard_path(*where)
+            self._run.forget(path)
+            raise self._run.damaged(path, f"chunk {inside} does not match its checksum")
 
-    def _ranges(self, key: Any) -> tuple[list[range], list[bool]]:
-        parts = list(key) if isinstance(key, tuple) else [key]
-        if Ellipsis in parts:
-            at = parts.index(Ellipsis)
-            parts[at : at + 1] = [slice(None)] * (len(self.shape) - len(parts) + 1)
-        parts += [slice(None)] * (len(self.shape) - len(parts))
-        if len(parts) > len(self.shape):
-            raise IndexError(f"{self.name} has {len(self.shape)} dimensions {self.dims}; got {len(parts)} indices")
-        ranges, dropped = [], []
-        for part, size, dim in zip(parts, self.shape, self.dims, strict=True):
-            if isinstance(part, slice):
-                chosen = range(size)[part]
-                if chosen.step != 1:
-                    raise IndexError(
-                        f"{self.name}: step {chosen.step} along {dim}; only whole ranges can be read, "
-                        "take every n-th value of the result"
-                    )
-                ranges.append(chosen)
-            else:
-                index = int(part)
-                if not -size <= index < size:
-                    raise IndexError(f"{self.name}: index {index} is out of range along {dim}, which has {size}")
-                ranges.append(range(index % size, index % size + 1))
-            dropped.append(not isinstance(part, slice))
-        return ranges, dropped
+    def _decode(self, raw: np.ndarray) -> np.ndarray:
+        if CODECS[self.spec.codec] is not None:
+            raw = np.frombuffer(Zstd().decode(raw), np.uint8)
+        return raw.view(self.dtype).reshape(self.spec.chunk)
+
+
+def chunk_is_damaged(stored: np.ndarray) -> bool:
+    """Say whether a chunk's bytes differ from the checksum that follows them."""
+    return checksum_of(stored[:-CRC_BYTES]) != int.from_bytes(stored[-CRC_BYTES:], "little")

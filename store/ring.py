@@ -26,13 +26,17 @@ class Slab:
     @staticmethod
     def make(n: int, chunk_bytes: int) -> Slab:
         padded = round_up(chunk_bytes + CRC_BYTES)
-        return Slab(page_buffer(n * padded - CRC_BYTES)[: n * padded].reshape(n, padded), n, chunk_bytes)
+        return Slab(
+            page_buffer(n * padded - CRC_BYTES)[: n * padded].reshape(n, padded), n, chunk_bytes
+        )
 
     def chunks(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """View the slab as [n, *shape]; each chunk is contiguous, the padding lies between them."""
         flat = self.pages[:, : self.chunk_bytes].view(dtype)
         strides = np.zeros(shape, dtype).strides
-        return np.lib.stride_tricks.as_strided(flat, (self.n, *shape), (self.pages.strides[0], *strides))
+        return np.lib.stride_tricks.as_strided(
+            flat, (self.n, *shape), (self.pages.strides[0], *strides)
+        )
 
 
 class Ring:
@@ -71,12 +75,15 @@ class Lanes:
         self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(n_threads)]
         self._error: BaseException | None = None
         self._threads = [
-            threading.Thread(target=self._run, args=(q,), daemon=True, name="headwater-write") for q in self._queues
+            threading.Thread(target=self._run, args=(q,), daemon=True, name="headwater-write")
+            for q in self._queues
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, key: int, task: Callable[[], None], done: Callable[[], None] | None = None) -> None:
+    def submit(
+        self, key: int, task: Callable[[], None], done: Callable[[], None] | None = None
+    ) -> None:
         """Queue a task on the key's thread; `done` runs even where the task fails or is dropped."""
         self._queues[key % len(self._queues)].put((task, done))
 

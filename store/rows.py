@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 
 from headwater.store.layout import CODECS
-from headwater.store.manifest import RunError
 from headwater.store.objects import ObjectPath
-from headwater.store.reader import Run
-from headwater.store.shard import MISSING, PAGE
+from headwater.store.reader import Run, chunk_is_damaged
+from headwater.store.shard import MISSING, PAGE, page_buffer, round_up
+from headwater.store.shard_file import Checks, Version, version_of
 
 KEPT_FILES = 256
+
+
+class _Shard(NamedTuple):
+    """A shard of which rows are read: where it lies, and the places and checks of its chunks, by their number."""
+
+    name: str
+    path: str
+    version: Version | None
+    chunks: np.ndarray
+    checks: Checks
 
 
 class RowReader:
@@ -21,7 +34,8 @@ class RowReader:
 
     The indexes of shards that were read are kept: 16 bytes a chunk. Compressed chunks, objects and what is missing go
     the way of `RunArray`. Up to KEPT_FILES files are kept open. With `direct`, what lies on whole pages, in the file
-    and in memory, is read around the page cache, where the file system allows it. Threads may share a reader.
+    and in memory, is read around the page cache, where the file system allows it. A chunk of which a process reads
+    rows for the first time is read whole, to compare it with its checksum. Threads may share a reader.
     """
 
     def __init__(self, run: Run, name: str, direct: bool = False) -> None:
@@ -29,32 +43,56 @@ class RowReader:
         self._run, self._array, self._spec = run, run[name], run.spec(name)
         self._plain = CODECS[self._spec.codec] is None and not isinstance(run.path, ObjectPath)
         self._row_bytes = int(np.prod(self._spec.chunk[3:])) * self._array.dtype.itemsize
-        self._shards: dict[tuple[int, int], tuple[str, np.ndarray]] = {}
-        self._files: dict[str, int] = {}
+        self._shards: dict[tuple[int, int], _Shard] = {}
+        self._files: dict[tuple[str, Version | None], int] = {}
+        self._local = threading.local()
         weakref.finalize(self, _close, self._files)
 
     def read(self, lead: int, sequence: int, first: int, last: int, out: np.ndarray) -> None:
         """Read positions [first, last) into `out`: contiguous, [last − first, width]."""
-        path, offset = self._place(lead, sequence, first) if self._plain else ("", MISSING)
-        if offset == MISSING:
+        shard = self._shard(lead, sequence) if self._plain else None
+        number, row = self._place(lead, sequence, first)
+        if shard is None or shard.chunks[number, 0] == MISSING:
             out[...] = self._array[lead, sequence, first:last].reshape(out.shape)
             return
-        n_read = self._read(path, offset, out.reshape(-1).view(np.uint8))
-        if n_read != out.nbytes:
-            raise RunError(
-                f"{path} gave {n_read:,} bytes at {offset:,}, expected {out.nbytes:,}. Run `headwater verify --repair "
-                f"{self._run.path}`, then extract again."
+        data = out.reshape(-1).view(np.uint8)
+        offset = row * self._row_bytes
+        if self._run.checked and not shard.checks.chunks[number]:
+            data[:] = self._whole(shard, number)[offset : offset + data.nbytes]
+            return
+        self._fill(shard, int(shard.chunks[number, 0]) + offset, data)
+
+    def _whole(self, shard: _Shard, number: int) -> np.ndarray:
+        """Read a chunk whole and compare it with its checksum; the bytes are valid until this thread reads another."""
+        offset, n_bytes = (int(value) for value in shard.chunks[number])
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < round_up(n_bytes):
+            buffer = self._local.buffer = page_buffer(n_bytes)
+        stored = buffer[:n_bytes]
+        self._fill(shard, offset, buffer[: round_up(n_bytes)], n_bytes)
+        if chunk_is_damaged(stored):
+            raise self._run.damaged(shard.name, f"chunk {number} does not match its checksum")
+        shard.checks.chunks[number] = True
+        return stored
+
+    def _fill(self, shard: _Shard, offset: int, data: np.ndarray, least: int | None = None) -> None:
+        n_read = self._read(shard, offset, data)
+        expected = data.nbytes if least is None else least
+        if n_read < expected:
+            raise self._run.damaged(
+                shard.name, f"gave {n_read:,} bytes at {offset:,}, expected {expected:,}"
             )
 
-    def _read(self, path: str, offset: int, data: np.ndarray) -> int:
+    def _read(self, shard: _Shard, offset: int, data: np.ndarray) -> int:
         """Read bytes of a file at an offset into `data`; return how many came."""
         direct = self._direct and (offset | data.nbytes | data.ctypes.data) % PAGE == 0
-        file = self._files.get(path) if direct == self._direct else None
+        key = shard.path, shard.version
+        file = self._files.get(key) if direct == self._direct else None
         if file is not None:
             return os.preadv(file, [data.data], offset)
-        file, direct = self._open_file(path, direct)
+        file, direct = self._open_file(shard.path, direct)
         if direct == self._direct and len(self._files) < KEPT_FILES:
-            kept = self._files.setdefault(path, file)
+            kept = self._files.setdefault(key, file)
             if kept != file:  # another thread was faster
                 os.close(file)
             return os.preadv(kept, [data.data], offset)
@@ -73,29 +111,34 @@ class RowReader:
                 self._direct = False
         return os.open(path, flags), False
 
-    def _place(self, lead: int, sequence: int, position: int) -> tuple[str, int]:
-        """Return a row's file and its offset there, MISSING where its chunk was not written."""
+    def _place(self, lead: int, sequence: int, position: int) -> tuple[int, int]:
+        """Return the number of a row's chunk in its shard, and the row's place in the chunk."""
         per_lead, per_sequence, per_position = self._spec.chunk[:3]
-        shard = lead // self._spec.shard[0], sequence // self._spec.shard[1]
-        if shard not in self._shards:
-            self._shards[shard] = self._open(shard)
-        path, offsets = self._shards[shard]
+        at = (
+            lead % self._spec.shard[0] // per_lead,
+            sequence % self._spec.shard[1] // per_sequence,
+            position // per_position,
+        )
         row = sequence % per_sequence * per_position + position % per_position
-        at = (lead % self._spec.shard[0] // per_lead, sequence % self._spec.shard[1] // per_sequence,
-              position // per_position)  # fmt: skip
-        offset = int(offsets[at])
-        return path, offset if offset == MISSING else offset + row * self._row_bytes
+        return int(np.ravel_multi_index(at, self._spec.grid[:3])), row
 
-    def _open(self, shard: tuple[int, int]) -> tuple[str, np.ndarray]:
-        """Return a shard's path and the offsets of its chunks, by lead, sequence and position."""
-        grid, name = self._spec.grid[:3], self._spec.shard_path(*shard)
-        try:
-            index = self._run.open_shard(name, int(np.prod(grid))).index
-        except FileNotFoundError:
-            return "", np.full(grid, MISSING, np.uint64)
-        return str(self._run.path / name), index[:, 0].reshape(grid)
+    def _shard(self, lead: int, sequence: int) -> _Shard | None:
+        """Return a row's shard as it is now, None where it was not made."""
+        where = lead // self._spec.shard[0], sequence // self._spec.shard[1]
+        known = self._shards.get(where)
+        if known is not None:
+            with suppress(FileNotFoundError):
+                if version_of(os.stat(known.path)) == known.version:
+                    return known
+        shard = self._run.shard(self._spec, *where)
+        if shard is None:
+            return None
+        name = self._spec.shard_path(*where)
+        path = str(self._run.path / name)
+        found = self._shards[where] = _Shard(name, path, shard.version, shard.index, shard.checks)
+        return found
 
 
-def _close(files: dict[str, int]) -> None:
+def _close(files: dict[tuple[str, Version | None], int]) -> None:
     for file in files.values():
         os.close(file)

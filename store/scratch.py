@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+MARK = b"headwater scratch folder\n"
+LOCK_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 @contextmanager
 def scratch_folder(prefix: str, base: Path | None = None) -> Iterator[Path]:
@@ -19,18 +22,33 @@ def scratch_folder(prefix: str, base: Path | None = None) -> Iterator[Path]:
     `base` is the temporary directory (TMPDIR) by default.
     """
     base = base or Path(tempfile.gettempdir())
-    for lock in base.glob(f"{prefix}*/lock"):
-        with suppress(OSError), open(lock) as handle:
+    for folder in _left_over(prefix, base):
+        with suppress(OSError), open(os.open(folder / "lock", LOCK_FLAGS), "rb") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _delete(lock.parent)
+            if handle.read() == MARK:
+                _delete(folder)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
-    with open(folder / "new", "w") as handle:
+    with open(folder / "new", "wb") as handle:
+        handle.write(MARK)
+        handle.flush()
         fcntl.flock(handle, fcntl.LOCK_EX)
         os.replace(folder / "new", folder / "lock")
         try:
             yield folder
         finally:
             _delete(folder)
+
+
+def _left_over(prefix: str, base: Path) -> list[Path]:
+    """List folders that bear our name and belong to us; a link may lead anywhere, and is left alone."""
+    with os.scandir(base) as items:
+        return [
+            Path(item.path)
+            for item in items
+            if item.name.startswith(prefix)
+            and item.is_dir(follow_symlinks=False)
+            and item.stat(follow_symlinks=False).st_uid == os.geteuid()
+        ]
 
 
 def _delete(folder: Path) -> None:

@@ -6,17 +6,18 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
-from headwater.store.entry import ADVICE, Entry, LedgerError
-from headwater.store.place import Place, names_in, read_all, write_whole
+from headwater.store.entry import ADVICE, Entry, LedgerError, mark_of
+from headwater.store.place import Place, file_names, read_all, write_whole
 from headwater.store.writer import INTERNAL
 
 FOLDER = f"{INTERNAL}/segments"
+KEPT_TABLES = 4
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,23 @@ class Segments:
     """The segments of one run; what was read of one is kept, since it cannot change."""
 
     def __init__(self, run: Place, fingerprint: str) -> None:
-        self._run, self._fingerprint = run, fingerprint
+        self._run = run
+        self._fingerprint = fingerprint
         self._known: dict[str, Columns] = {}
+        self._kept = lru_cache(KEPT_TABLES)(self._whole)
 
     def names(self) -> list[str]:
         """List the segments, the oldest first."""
-        return sorted(name for name in names_in(self._run / FOLDER) if _parse(name) is not None)
+        return sorted(name for name in file_names(self._run / FOLDER) if _parse(name) is not None)
 
     def columns(self) -> tuple[list[Columns], list[LedgerError]]:
         """Return what the segments say of blocks, and the errors of those that cannot be trusted."""
-        found, errors = self.names(), list[LedgerError]()
+        found = self.names()
+        errors = list[LedgerError]()
         new = [name for name in found if name not in self._known]
-        for name, data in zip(new, read_all(self._run / FOLDER / name for name in new), strict=True):
+        for name, data in zip(
+            new, read_all(self._run / FOLDER / name for name in new), strict=True
+        ):
             try:
                 table = self._table(name, data, ["block", "attempt", "gone"])
             except LedgerError as error:
@@ -55,13 +61,40 @@ class Segments:
 
     def entries(self, name: str) -> Iterator[Entry]:
         """Yield the entries of a segment; blocks taken out have no files."""
+        yield from map(_entry_of, self._whole(name).to_pylist())
+
+    def entry(self, name: str, block: int, attempt: int) -> Entry:
+        """Return one entry of a segment, whose table is kept for the next."""
+        table = self._kept(name)
+        columns = self._known[name]
+        (at,) = np.flatnonzero((columns.block == block) & (columns.attempt == attempt))
+        return _entry_of(table.slice(int(at), 1).to_pylist()[0])
+
+    def marks(self, name: str) -> Iterator[tuple[int, int, str]]:
+        """Yield block, attempt and mark of the entries of a segment."""
+        table = self._kept(name)
+        lists = table.column("files").combine_chunks()
+        parts = (lists.values.field(part) for part in ("path", "bytes", "sum"))
+        files = list(zip(*(part.to_pylist() for part in parts), strict=True))
+        ends = lists.offsets.to_numpy()
+        for i, (block, attempt) in enumerate(
+            zip(*(table.column(part).to_pylist() for part in ("block", "attempt")), strict=True)
+        ):
+            yield block, attempt, mark_of(attempt, files[ends[i] : ends[i + 1]])
+
+    def _whole(self, name: str) -> Any:
         (data,) = read_all([self._run / FOLDER / name])
-        for row in self._table(name, data).to_pylist():
-            files = {item["path"]: [item["bytes"], item["sum"]] for item in row["files"]}
-            yield Entry(
-                row["block"], row["attempt"], row["fingerprint"], row["first"], row["last"], row["n_tokens"], files,
-                json.loads(row["casts"]), dict(row["seconds"]), row["worker"],
-            )  # fmt: skip
+        return self._table(name, data)
+
+    def makers(self, name: str) -> Iterator[tuple[int, int, dict[str, str]]]:
+        """Yield block, attempt and what made it of a segment's entries, without reading anything else of them."""
+        (data,) = read_all([self._run / FOLDER / name])
+        table = self._table(name, data, ["block", "attempt"], "made_by")
+        if "made_by" not in table.column_names:  # older segments do not say
+            return
+        made: dict[str, dict[str, str]] = {}
+        for block, attempt, text in zip(*(column.to_pylist() for column in table), strict=True):
+            yield block, attempt, made.setdefault(text, json.loads(text))
 
     def write(self, rows: Iterable[tuple[Entry, bool]]) -> str:
         """Write entries, each with whether it takes its block out, as a new segment; return its name."""
@@ -79,7 +112,14 @@ class Segments:
         write_whole(self._run, f"{FOLDER}/{name}", data)
         return name
 
-    def _table(self, name: str, data: bytes | OSError, columns: list[str] | None = None) -> Any:
+    def _table(
+        self,
+        name: str,
+        data: bytes | OSError,
+        columns: list[str] | None = None,
+        optional: str | None = None,
+    ) -> Any:
+        """Read a segment, or some columns of it, and the `optional` one where it is there."""
         import pyarrow.parquet
 
         try:
@@ -87,13 +127,35 @@ class Segments:
                 raise data
             if f"{int(google_crc32c.value(data)):08x}" != name.split(".")[1]:
                 raise ValueError("it does not match its checksum")
+            schema = pyarrow.parquet.read_schema(io.BytesIO(data))
+            if columns is not None and optional is not None and optional in schema.names:
+                columns = [*columns, optional]
             table = pyarrow.parquet.read_table(io.BytesIO(data), columns=columns)
-            marks = (pyarrow.parquet.read_schema(io.BytesIO(data)).metadata or {}).get(b"fingerprint", b"").decode()
+            marks = (schema.metadata or {}).get(b"fingerprint", b"").decode()
             if marks not in ("", self._fingerprint):
                 raise ValueError(f"it belongs to another run (fingerprint {marks[:12]})")
             return table
         except (OSError, ValueError, KeyError) as error:
-            raise LedgerError(f"ledger segment {name} cannot be read ({error}). {ADVICE}") from error
+            raise LedgerError(
+                f"ledger segment {name} cannot be read ({error}). {ADVICE}"
+            ) from error
+
+
+def _entry_of(row: dict[str, Any]) -> Entry:
+    return Entry(
+        block=row["block"],
+        attempt=row["attempt"],
+        fingerprint=row["fingerprint"],
+        first=row["first"],
+        last=row["last"],
+        n_tokens=row["n_tokens"],
+        files={item["path"]: [item["bytes"], item["sum"]] for item in row["files"]},
+        casts=json.loads(row["casts"]),
+        seconds=dict(row["seconds"]),
+        worker=row["worker"],
+        made_by=json.loads(row.get("made_by") or "{}"),
+        source=row.get("source") or "",
+    )
 
 
 def table_of(rows: Iterable[tuple[Entry, bool]]) -> Any:
@@ -105,12 +167,25 @@ def table_of(rows: Iterable[tuple[Entry, bool]]) -> Any:
     fingerprints = set()
     for entry, gone in sorted(rows, key=lambda row: (row[0].block, row[0].attempt)):
         fingerprints.add(entry.fingerprint)
-        for name in ("block", "attempt", "fingerprint", "first", "last", "n_tokens", "n_bytes", "worker"):
+        for name in (
+            "block",
+            "attempt",
+            "fingerprint",
+            "first",
+            "last",
+            "n_tokens",
+            "n_bytes",
+            "worker",
+            "source",
+        ):
             columns[name].append(getattr(entry, name))
         columns["gone"].append(gone)
         columns["casts"].append(json.dumps(entry.casts, sort_keys=True))
+        columns["made_by"].append(json.dumps(entry.made_by, sort_keys=True))
         columns["seconds"].append(list(entry.seconds.items()))
-        columns["files"].append([{"path": p, "bytes": size, "sum": crc} for p, (size, crc) in entry.files.items()])
+        columns["files"].append(
+            [{"path": p, "bytes": size, "sum": crc} for p, (size, crc) in entry.files.items()]
+        )
     (fingerprint,) = fingerprints
     return pyarrow.table(columns, schema.with_metadata({"fingerprint": fingerprint}))
 
@@ -120,11 +195,24 @@ def _schema() -> Any:
     import pyarrow as pa
 
     files = pa.list_(pa.struct({"path": pa.string(), "bytes": pa.int64(), "sum": pa.int64()}))
-    return pa.schema({
-        "block": pa.int64(), "attempt": pa.int64(), "gone": pa.bool_(), "fingerprint": pa.string(),
-        "first": pa.int64(), "last": pa.int64(), "n_tokens": pa.int64(), "n_bytes": pa.int64(), "worker": pa.string(),
-        "casts": pa.string(), "seconds": pa.map_(pa.string(), pa.float64()), "files": files,
-    })  # fmt: skip
+    return pa.schema(
+        {
+            "block": pa.int64(),
+            "attempt": pa.int64(),
+            "gone": pa.bool_(),
+            "fingerprint": pa.string(),
+            "first": pa.int64(),
+            "last": pa.int64(),
+            "n_tokens": pa.int64(),
+            "n_bytes": pa.int64(),
+            "worker": pa.string(),
+            "casts": pa.string(),
+            "made_by": pa.string(),
+            "seconds": pa.map_(pa.string(), pa.float64()),
+            "source": pa.string(),
+            "files": files,
+        }
+    )
 
 
 def _parse(name: str) -> int | None:

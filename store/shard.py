@@ -6,11 +6,12 @@ the file can be written with O_DIRECT and mapped into memory; gaps between chunk
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -34,9 +35,29 @@ def crc32c(data: object) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
+def _find_checksum() -> Callable[[np.ndarray], int]:
+    """Return the CRC32C of contiguous uint8: the library's C function, which runs beside other threads.
+
+    Called through google_crc32c it would hold the interpreter's lock. Where its name is not exported, that is the way.
+    """
+    try:
+        from google_crc32c import _crc32c
+
+        function = ctypes.CDLL(_crc32c.__file__).crc32c_value
+    except (ImportError, OSError, AttributeError):
+        return lambda data: int(google_crc32c.value(data))
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t], ctypes.c_uint32
+    return lambda data: int(function(data.ctypes.data, data.nbytes))
+
+
+checksum_of = _find_checksum()
+
+
 def page_buffer(n_bytes: int) -> np.ndarray:
     """Allocate page-aligned uint8 memory with room for `n_bytes`, a checksum and padding to whole pages."""
-    memory = mmap.mmap(-1, round_up(n_bytes + CRC_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(
+        -1, round_up(n_bytes + CRC_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
@@ -55,8 +76,11 @@ def decode_index(tail: bytes, n_chunks: int) -> np.ndarray:
     """
     expected = 16 * n_chunks + CRC_BYTES
     if len(tail) != expected:
-        raise ValueError(f"shard index has {len(tail)} bytes, expected {expected}; the file is cut short or foreign")
-    body, check = tail[:-CRC_BYTES], tail[-CRC_BYTES:]
+        raise ValueError(
+            f"shard index has {len(tail)} bytes, expected {expected}; the file is cut short or foreign"
+        )
+    body = tail[:-CRC_BYTES]
+    check = tail[-CRC_BYTES:]
     if crc32c(body) != check:
         raise ValueError("shard index does not match its CRC32C; the file is damaged")
     return np.frombuffer(body, "<u8").reshape(n_chunks, 2)
@@ -72,17 +96,35 @@ def shard_sum(file: BinaryIO, n_chunks: int) -> int:
     length = file.seek(0, os.SEEK_END)
     file.seek(max(length - tail, 0))
     index = decode_index(file.read(), n_chunks)
-    crc, at = 0, file.seek(0)
+    crc = 0
+    at = file.seek(0)
     for offset, n_bytes in sorted((int(o), int(n)) for o, n in index if o != MISSING):
         if not at <= offset <= offset + n_bytes <= length - tail or any(file.read(offset - at)):
             raise ValueError("shard has something between its chunks; the file is damaged")
-        data, check = file.read(n_bytes - CRC_BYTES), file.read(CRC_BYTES)
+        data = file.read(n_bytes - CRC_BYTES)
+        check = file.read(CRC_BYTES)
         if crc32c(data) != check:
             raise ValueError("a chunk does not match its CRC32C; the file is damaged")
-        crc, at = int(google_crc32c.extend(crc, check)), offset + n_bytes
+        crc = int(google_crc32c.extend(crc, check))
+        at = offset + n_bytes
     if any(file.read(length - tail - at)):
         raise ValueError("shard has something behind its chunks; the file is damaged")
     return int(google_crc32c.extend(crc, index.tobytes()))
+
+
+def stored_sum(data: np.ndarray, index: np.ndarray) -> int:
+    """Return a shard's sum from its bytes as `shard_sum` does, trusting the checksums that are stored in it.
+
+    It tells which shard this is; whether the chunks match their checksums is another question. Raises ValueError for
+    an index that points outside the file.
+    """
+    there = index[index[:, 0] != MISSING]
+    in_order = there[np.argsort(there[:, 0])]
+    ends = in_order.sum(1).astype(np.int64)
+    if len(ends) and not CRC_BYTES <= int(ends.min()) <= int(ends.max()) <= len(data):
+        raise ValueError("shard index points outside of the file; the file is damaged")
+    checks = data[(ends - CRC_BYTES)[:, None] + np.arange(CRC_BYTES)]
+    return int(google_crc32c.extend(google_crc32c.value(checks.tobytes()), index.tobytes()))
 
 
 class ShardWriter:
@@ -92,23 +134,17 @@ class ShardWriter:
     One writer belongs to one thread at a time.
     """
 
-    def __init__(self, path: Path, grid: Sequence[int], level: int | None = None, direct: bool = True) -> None:
+    def __init__(
+        self, path: Path, grid: Sequence[int], level: int | None = None, direct: bool = True
+    ) -> None:
         self.path = path
         self.grid = tuple(grid)
         self._codec = None if level is None else Zstd(level=level, checksum=False)
         self._index = np.full((prod(self.grid), 2), MISSING, np.uint64)
         self._end = 0
         self._crc = 0
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._direct = False
-        if direct and hasattr(os, "O_DIRECT"):
-            try:
-                self._file = os.open(path, flags | os.O_DIRECT, 0o644)
-                self._direct = True
-            except OSError:
-                self._file = os.open(path, flags, 0o644)
-        else:
-            self._file = os.open(path, flags, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._direct = direct and _go_direct(self._file)
         self._scratch: np.ndarray | None = None
 
     def put(self, index: Sequence[int], chunk: np.ndarray) -> None:
@@ -160,7 +196,9 @@ class ShardWriter:
         """Note where chunks go that lie in the rows of `pages`, and put a checksum and zeros behind each."""
         flat = np.ravel_multi_index(tuple(np.asarray(indices).T), self.grid)
         if (self._index[flat, 0] != MISSING).any() or len(set(flat.tolist())) < len(flat):
-            raise ValueError(f"a chunk of {self.path.name} among {list(indices)} was written twice; each is put once")
+            raise ValueError(
+                f"a chunk of {self.path.name} among {list(indices)} was written twice; each is put once"
+            )
         n, padded = pages.shape
         stored = n_bytes + CRC_BYTES
         checks = np.array([google_crc32c.value(data) for data in pages[:, :n_bytes]], "<u4")
@@ -190,3 +228,17 @@ class ShardWriter:
         flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         fcntl.fcntl(self._file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
         self._direct = False
+
+
+def _go_direct(file: int) -> bool:
+    """Write around the page cache from now on; return whether the file system can.
+
+    Not asked for in `open`: where it is refused there, the file exists already, and could not be created once more.
+    """
+    if not hasattr(os, "O_DIRECT"):
+        return False
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
+    except OSError:
+        return False
+    return True

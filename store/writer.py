@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headwater.store.files import make_directories, sync_directory, write_temporary
+from headwater.store.files import (
+    GONE,
+    RunMoved,
+    make_directories,
+    sync_directory,
+    unique_name,
+    write_temporary,
+)
 from headwater.store.layout import CODECS, ArraySpec
 from headwater.store.ring import Lanes, Ring, Slab
 from headwater.store.shard import ShardWriter, crc32c, round_up
@@ -80,7 +87,8 @@ class BlockWriter:
         self.block = block
         self.direct = direct
         self._arrays = {
-            s.name: _Array(s, Ring(RING_DEPTH, chunks_per_slab(s), s.chunk_bytes), i) for i, s in enumerate(specs)
+            s.name: _Array(s, Ring(RING_DEPTH, chunks_per_slab(s), s.chunk_bytes), i)
+            for i, s in enumerate(specs)
         }
         self._lanes = Lanes(n_threads)
         self._files: dict[str, FileSum] = {}
@@ -90,13 +98,21 @@ class BlockWriter:
         self.seconds: dict[str, float] = {}
 
     def begin(self, first: int, last: int, label: str) -> None:
-        """Start the block of sequences [first, last); `label` names its temporary files."""
-        self._first, self._last, self._label = first, last, label
+        """Start the block of sequences [first, last); `label` begins the names of its temporary files."""
+        self._first = first
+        self._last = last
+        self._label = unique_name(label)
         self._files, self._directories = {}, set()
         self.seconds = {"write": 0.0, "sync": 0.0, "wait": 0.0}
         self._waited = self._total_waited()
         self._lanes.reset()
+        self._check_there()
         make_directories(self.run / INTERNAL / "tmp")
+
+    def _check_there(self) -> None:
+        """Raise RunMoved rather than make the folder of a run anew that was moved or deleted meanwhile."""
+        if self._sink is None and not self.run.is_dir():
+            raise RunMoved(f"{self.run} is gone: {GONE}")
 
     def parts(self, name: str, lead: int, first: int, n: int) -> Iterator[Part]:
         """Yield the places for sequences [first, first + n) of the run at leading index `lead`.
@@ -104,17 +120,24 @@ class BlockWriter:
         The caller fills each view, of shape [sequences, positions, …] (or [sequences, …] where the second dimension is
         not the position), before it asks for the next.
         """
-        array, spec = self._arrays[name], self._arrays[name].spec
-        per, lead_dims = spec.sequences_per_chunk, 0 if spec.axis is None else 1
-        step, extent = spec.chunk[lead_dims + 1], spec.shape[lead_dims + 1]
+        array = self._arrays[name]
+        spec = self._arrays[name].spec
+        per = spec.sequences_per_chunk
+        lead_dims = 0 if spec.axis is None else 1
+        step = spec.chunk[lead_dims + 1]
+        extent = spec.shape[lead_dims + 1]
         done = first
         while done < first + n:
             group = done // per * per
             stop = min(group + per, first + n)
-            opened = self._slab(array, (lead, group), partial(self._vector_chunks, spec, lead, group))
+            opened = self._slab(
+                array, (lead, group), partial(self._vector_chunks, spec, lead, group)
+            )
             for i, start in enumerate(range(0, extent, step)):
                 rows = min(step, extent - start)
-                view = opened.chunks[i].reshape(spec.chunk[lead_dims:])[done - group : stop - group, :rows]
+                view = opened.chunks[i].reshape(spec.chunk[lead_dims:])[
+                    done - group : stop - group, :rows
+                ]
                 yield Part(view, slice(done - first, stop - first), slice(start, start + rows))
             done = stop
             if stop == opened.last:
@@ -126,7 +149,11 @@ class BlockWriter:
         The tiles go to the disk at `send_tiles`.
         """
         array = self._arrays[name]
-        opened = self._slab(array, (lead, sequence, row), partial(self._tile_chunks, array.spec, lead, sequence, row))
+        opened = self._slab(
+            array,
+            (lead, sequence, row),
+            partial(self._tile_chunks, array.spec, lead, sequence, row),
+        )
         groups = array.spec.grid[2]
         return opened.chunks.reshape(row + 1, groups, *array.spec.chunk[2:])
 
@@ -176,16 +203,22 @@ class BlockWriter:
     def _slab(self, array: _Array, key: tuple[int, ...], make: Any) -> _Open:
         if array.open is None or array.key != key:
             if array.open is not None:
-                raise RuntimeError(f"{array.spec.name}: {key} was begun before {array.key} was whole")
+                raise RuntimeError(
+                    f"{array.spec.name}: {key} was begun before {array.key} was whole"
+                )
             self._lanes.check()
             slab = array.ring.take(self._lanes.check)
-            array.open, array.key = make(slab), key
+            array.open = make(slab)
+            array.key = key
         return array.open
 
     def _vector_chunks(self, spec: ArraySpec, lead: int, group: int, slab: Slab) -> _Open:
-        per, lead_dims = spec.sequences_per_chunk, 0 if spec.axis is None else 1
+        per = spec.sequences_per_chunk
+        lead_dims = 0 if spec.axis is None else 1
         shard = (lead // spec.layers_per_shard, group // spec.sequences_per_shard)
-        inside = ((lead % spec.layers_per_shard,) if lead_dims else ()) + (group % spec.sequences_per_shard // per,)
+        inside = ((lead % spec.layers_per_shard,) if lead_dims else ()) + (
+            group % spec.sequences_per_shard // per,
+        )
         indices = [(*inside, *rest) for rest in np.ndindex(*spec.grid[lead_dims + 1 :])]
         chunks = slab.chunks(spec.dtype, spec.chunk)
         last = min(group + per, self._last)
@@ -193,7 +226,9 @@ class BlockWriter:
             chunks[:] = spec.fill
         return _Open(slab, chunks, indices, shard, last)
 
-    def _tile_chunks(self, spec: ArraySpec, lead: int, sequence: int, row: int, slab: Slab) -> _Open:
+    def _tile_chunks(
+        self, spec: ArraySpec, lead: int, sequence: int, row: int, slab: Slab
+    ) -> _Open:
         shard = (lead // spec.layers_per_shard, sequence // spec.sequences_per_shard)
         inside = (lead % spec.layers_per_shard, sequence % spec.sequences_per_shard)
         indices = [(*inside, g, row, j) for j in range(row + 1) for g in range(spec.grid[2])]
@@ -209,7 +244,12 @@ class BlockWriter:
         writer = array.shards.get(opened.shard)
         if writer is None:
             spec = array.spec
-            path = self.run / INTERNAL / "tmp" / f"{self._label}-{spec.name}-{opened.shard[0]}-{opened.shard[1]}"
+            path = (
+                self.run
+                / INTERNAL
+                / "tmp"
+                / f"{self._label}-{spec.name}-{opened.shard[0]}-{opened.shard[1]}"
+            )
             writer = ShardWriter(path, spec.grid, CODECS[spec.codec], self.direct)
             array.shards[opened.shard] = writer
             self._live.add(writer)
@@ -221,11 +261,14 @@ class BlockWriter:
             writer.put_pages(opened.indices, pages, opened.slab.chunk_bytes)
             self.seconds["write"] += time.perf_counter() - start
 
-        self._lanes.submit(array.place + sum(opened.shard), write, partial(array.ring.give, opened.slab))
+        self._lanes.submit(
+            array.place + sum(opened.shard), write, partial(array.ring.give, opened.slab)
+        )
 
     def _commit(self, array: _Array, lead: int | None) -> None:
         for shard in [s for s in array.shards if lead is None or s[0] == lead]:
-            writer, path = array.shards.pop(shard), array.spec.shard_path(*shard)
+            writer = array.shards.pop(shard)
+            path = array.spec.shard_path(*shard)
             self._lanes.submit(array.place + sum(shard), partial(self._publish, writer, path))
 
     def _publish(self, writer: ShardWriter, path: str) -> None:
@@ -239,6 +282,7 @@ class BlockWriter:
         if self._sink is not None:
             self._sink(temporary, path)
             return
+        self._check_there()
         final = self.run / path
         make_directories(final.parent)
         os.replace(temporary, final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import headwater
-from headwater.cli import main
+from headwater.cli.entry import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,8 +20,15 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("demo") / "run"
-    flags = ["--config", str(ROOT / "docs/demo.toml"), "--text", str(Path(json.__path__[0]) / "decoder.py")]
-    assert main(["extract", *flags, "--seq-len", "64", "--max-sequences", "6", "--out", str(run)]) == 0
+    flags = [
+        "--config",
+        str(ROOT / "docs/demo.toml"),
+        "--text",
+        str(Path(json.__path__[0]) / "decoder.py"),
+    ]
+    assert (
+        main(["extract", *flags, "--seq-len", "64", "--max-sequences", "6", "--out", str(run)]) == 0
+    )
     return run
 
 
@@ -29,7 +37,9 @@ def test_scripts_read_a_run_without_headwater(demo_run, script):
     code = (ROOT / "docs" / script).read_text("utf-8")
     assert "headwater" not in "".join(line for line in code.splitlines() if "import" in line)
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "docs" / script), str(demo_run)], capture_output=True, text=True
+        [sys.executable, "-W", "error", str(ROOT / "docs" / script), str(demo_run)],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
@@ -46,17 +56,31 @@ def test_info_prints_a_snippet_that_works(demo_run, capsys):
     assert names["last"].dims[0] == "depth"
 
 
-def test_python_snippet_of_the_readme(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["README.md", "docs/interventions.md"])
+def test_every_line_of_python_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("def add(a, b):\n    return a + b\n" * 40)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    snippet = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "headwater" in code)
-    exec(snippet, {})
-    assert headwater.open_run("run").complete.all()
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)
+    assert snippets
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    if name == "README.md":
+        assert headwater.open_run("run").complete.all()
+
+
+def test_every_name_of_headwater_in_the_documents_is_there():
+    texts = [
+        path.read_text("utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    ]
+    inline = {name for text in texts for name in re.findall(r"`headwater\.([a-z_.A-Z]+)\(", text)}
+    assert inline >= {"stream", "analysis.sinks"}
+    for name in inline:
+        assert callable(operator.attrgetter(name)(headwater)), name
 
 
 def test_demo_toml_and_makefile_agree():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert "docs/demo.toml" in makefile and "docs/read_xarray.py" in makefile
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert re.search(r"make demo\nmake test", readme)
+    assert re.search(r"make demo\n\. \.venv/bin/activate\nmake test", readme)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import headwater
+
 ROOT = Path(__file__).parents[1]
 ALLOWED = {
     "kernels": set(),
@@ -35,13 +37,23 @@ def test_folders_import_only_what_they_may(folder):
     for path in (ROOT / folder).rglob("*.py"):
         for name in imports(path):
             parts = name.split(".")
-            if parts[0] == "headwater" and len(parts) > 1 and parts[1] in {*ALLOWED, "cli", "commands", "benchmarks"}:
-                assert parts[1] in ALLOWED[folder] | {folder}, f"{path.relative_to(ROOT)} imports {name}"
-            assert parts[0] not in FORBIDDEN.get(folder, set()), f"{path.relative_to(ROOT)} imports {name}"
+            if (
+                parts[0] == "headwater"
+                and len(parts) > 1
+                and parts[1] in {*ALLOWED, "cli", "commands", "benchmarks"}
+            ):
+                assert parts[1] in ALLOWED[folder] | {folder}, (
+                    f"{path.relative_to(ROOT)} imports {name}"
+                )
+            assert parts[0] not in FORBIDDEN.get(folder, set()), (
+                f"{path.relative_to(ROOT)} imports {name}"
+            )
 
 
-@pytest.mark.parametrize(("package", "home"), [("ray", "extractor/ray_cluster.py"), ("obstore", "store/objects.py"),
-                                               ("boto3", None)])
+@pytest.mark.parametrize(
+    ("package", "home"),
+    [("ray", "extractor/cluster/ray.py"), ("obstore", "store/objects.py"), ("boto3", None)],
+)
 def test_an_optional_package_is_imported_in_one_module(package, home):
     found = {
         str(path.relative_to(ROOT))
@@ -52,11 +64,58 @@ def test_an_optional_package_is_imported_in_one_module(package, home):
     assert found <= {home}
 
 
-def test_folders_have_no_init():
+def test_kernels_have_no_init():
     """A top-level package named `kernels` would hide Hugging Face's from transformers."""
-    assert not [folder for folder in (*ALLOWED, "benchmarks", "tests") if (ROOT / folder / "__init__.py").exists()]
+    assert not (ROOT / "kernels/__init__.py").exists()
+
+
+@pytest.mark.parametrize("folder", ["kernels", "store"])
+def test_the_lowest_folders_take_only_the_version_from_the_front_door(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert node.value.id != "headwater" or node.attr == "__version__", path
 
 
 def test_import_headwater_is_light():
-    code = "import headwater, headwater.cli, sys; print(sorted({'torch', 'ray', 'zarr', 'xarray'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    heavy = "{'torch', 'ray', 'zarr', 'xarray'}"
+    code = f"import headwater.cli.entry, sys; print(sorted({heavy} & set(sys.modules)))"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "[]\n"
+    )
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_dir_and_help_show_what_there_is():
+    shown = run_python("import headwater; print(*dir(headwater)); help(headwater)")
+    names, _, text = shown.partition("\n")
+    assert names.split() == sorted(headwater.__all__)
+    for name in {*headwater.__all__} - {"analysis", "__version__"}:
+        assert getattr(headwater, name).__doc__
+        assert f"\n    {name}(" in text or f"class {name}(" in text, name
+
+
+@pytest.mark.parametrize("name", headwater.analysis.__all__)
+def test_an_analysis_is_there_as_soon_as_it_is_named(name):
+    function = getattr(headwater.analysis, name)
+    assert callable(function) and function.__doc__ and function.__name__ == name
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    for module in (headwater, headwater.analysis):
+        with pytest.raises(AttributeError, match="no attribute 'sink'"):
+            module.sink  # noqa: B018
+    assert "sinks" in dir(headwater.analysis)
+
+
+def test_python_runs_the_command_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "headwater", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"headwater {headwater.__version__}"

@@ -27,8 +27,11 @@ class Steps:
     """A workload taken one step at a time; a step stores all sequences once and is timed with its fsync."""
 
     def __init__(self, driver: Any, model: Any, request: dict[str, Any]) -> None:
-        self.driver, self.model, self.request = driver, model, request
-        self.out, self.n = Path(request["out"]), 0
+        self.driver = driver
+        self.model = model
+        self.request = request
+        self.out = Path(request["out"])
+        self.n = 0
 
     def step(self) -> dict[str, float]:
         """Capture into a new folder and sync it."""
@@ -81,7 +84,9 @@ class Paced(Steps):
 
         try:
             workload = getattr(self.driver, self.request["workload"])
-            workload(self.model, self.request["tokens"], self.place(), self.request["batch"], observe)
+            workload(
+                self.model, self.request["tokens"], self.place(), self.request["batch"], observe
+            )
             self.came.put(None)
         except BaseException as error:
             self.came.put(error)
@@ -98,8 +103,11 @@ def sync(folder: Path) -> None:
 def lines_of_code(source: str, workload: str) -> int:
     """Count the lines of `load`, a workload and all that they use of the module, imports included; no docstrings."""
     tree = ast.parse(source)
-    defined = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    used, open_names = set[str](), ["load", workload]
+    defined = {
+        node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    used = set[str]()
+    open_names = ["load", workload]
     while open_names:
         name = open_names.pop()
         if name in defined and name not in used:
@@ -107,14 +115,24 @@ def lines_of_code(source: str, workload: str) -> int:
             open_names += [n.id for n in ast.walk(defined[name]) if isinstance(n, ast.Name)]
     parts = [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom, ast.Assign))]
     names = {n.id for name in used for n in ast.walk(defined[name]) if isinstance(n, ast.Name)}
-    kept = [p for p in parts if not isinstance(p, ast.Assign) or {getattr(t, "id", "") for t in p.targets} & names]
+    kept = [
+        p
+        for p in parts
+        if not isinstance(p, ast.Assign) or {getattr(t, "id", "") for t in p.targets} & names
+    ]
     kept = [p for p in kept if getattr(p, "module", "") != "__future__"]
-    return sum(len(ast.unparse(node).splitlines()) for node in [*kept, *(_bare(defined[name]) for name in used)])
+    return sum(
+        len(ast.unparse(node).splitlines())
+        for node in [*kept, *(_bare(defined[name]) for name in used)]
+    )
 
 
 def _bare(node: Any) -> Any:
     for inner in ast.walk(node):
-        if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner) is not None:
+        if (
+            isinstance(inner, (ast.FunctionDef, ast.ClassDef))
+            and ast.get_docstring(inner) is not None
+        ):
             inner.body = inner.body[1:] or [ast.Pass()]
     return node
 
@@ -146,9 +164,9 @@ class Server:
         """Get ready for a workload: `workload`, `tokens` (a file), `out`, `batch`; `whole`: no reports in between."""
         with suppress(OSError):  # the peak of this workload alone
             Path("/proc/self/clear_refs").write_text("5")
-        self.steps = (Paced if getattr(self.driver, "PACED", False) and not request.get("whole") else Steps)(
-            self.driver, self.model, request
-        )
+        self.steps = (
+            Paced if getattr(self.driver, "PACED", False) and not request.get("whole") else Steps
+        )(self.driver, self.model, request)
         return {"lines": lines_of_code(self.source, request["workload"])}
 
     def step(self, request: dict[str, Any]) -> dict[str, Any]:

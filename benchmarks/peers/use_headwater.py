@@ -12,8 +12,15 @@ from headwater.extractor.run import Progress
 
 PACED = True
 STATISTICS = (
-    "attn_entropy", "attn_max", "attn_argmax", "attn_sink", "attn_distance", "attn_self", "attn_prev", "attn_received",
-)  # fmt: skip
+    "attn_entropy",
+    "attn_max",
+    "attn_argmax",
+    "attn_sink",
+    "attn_distance",
+    "attn_self",
+    "attn_prev",
+    "attn_received",
+)
 
 
 def load(model: str) -> str:
@@ -21,7 +28,9 @@ def load(model: str) -> str:
     return model
 
 
-def extract(model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None, **what: Any) -> None:
+def extract(
+    model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None, **what: Any
+) -> None:
     """Extract a run and report every block as it is committed."""
     config = headwater.RunConfig(model=model, tokens=tokens, out=out, block=batch, **what)
 
@@ -32,17 +41,23 @@ def extract(model: str, tokens: str, out: str, batch: int, observe: Callable[[],
     headwater.extract(config, report)
 
 
-def residual(model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None) -> None:
+def residual(
+    model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None
+) -> None:
     """Store the residual stream at all depths."""
     extract(model, tokens, out, batch, observe, preset="residual")
 
 
-def patterns(model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None) -> None:
+def patterns(
+    model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None
+) -> None:
     """Store the residual stream and every pattern."""
     extract(model, tokens, out, batch, observe, preset="patterns")
 
 
-def only_statistics(model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None) -> None:
+def only_statistics(
+    model: str, tokens: str, out: str, batch: int, observe: Callable[[], None] | None = None
+) -> None:
     """Store the statistics of every pattern."""
     extract(model, tokens, out, batch, observe, sites=STATISTICS)
 
@@ -50,4 +65,6 @@ def only_statistics(model: str, tokens: str, out: str, batch: int, observe: Call
 def read(out: str, site: str, layer: int, sequence: int, position: int, batch: int) -> np.ndarray:
     """Read one vector back: [d_model] of a state, [head, key] of patterns, [head] of statistics."""
     array = headwater.open_run(out)[site]
-    return np.array(array[layer, sequence, position] if site == "resid" else array[layer, sequence, :, position])
+    return np.array(
+        array[layer, sequence, position] if site == "resid" else array[layer, sequence, :, position]
+    )

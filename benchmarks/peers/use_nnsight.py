@@ -14,7 +14,10 @@ from transformers import GPT2Model
 
 def load(model: str) -> Any:
     """Return two wrapped models: SDPA for states, eager for patterns, which SDPA does not return."""
-    return [NNsight(GPT2Model.from_pretrained(model, attn_implementation=how).eval()) for how in ("sdpa", "eager")]
+    return [
+        NNsight(GPT2Model.from_pretrained(model, attn_implementation=how).eval())
+        for how in ("sdpa", "eager")
+    ]
 
 
 def statistics(p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -39,13 +42,21 @@ def store(group: Any, name: str, layer: int, first: int, n: int, value: torch.Te
     if name not in group:
         layers = group.attrs["layers"] + (name == "resid")
         chunks = (1, value.shape[0], *shape)
-        group.create_array(name, shape=(layers, n, *shape), chunks=chunks, dtype=value.numpy().dtype, compressors=None)
+        group.create_array(
+            name,
+            shape=(layers, n, *shape),
+            chunks=chunks,
+            dtype=value.numpy().dtype,
+            compressors=None,
+        )
     group[name][layer, first : first + value.shape[0]] = value.numpy()
 
 
 def residual(model: Any, tokens: str, out: str, batch: int) -> None:
     """Store the residual stream at all depths."""
-    model, group, ids = model[0], zarr.open_group(out, mode="a"), torch.from_numpy(np.load(tokens)).long()
+    model = model[0]
+    group = zarr.open_group(out, mode="a")
+    ids = torch.from_numpy(np.load(tokens)).long()
     group.attrs["layers"] = len(model.h)
     for first in range(0, len(ids), batch):
         with torch.inference_mode(), model.trace(ids[first : first + batch], use_cache=False):
@@ -59,11 +70,14 @@ def residual(model: Any, tokens: str, out: str, batch: int) -> None:
 
 def patterns(model: Any, tokens: str, out: str, batch: int) -> None:
     """Store the residual stream and every pattern."""
-    model, group, ids = model[1], zarr.open_group(out, mode="a"), torch.from_numpy(np.load(tokens)).long()
+    model = model[1]
+    group = zarr.open_group(out, mode="a")
+    ids = torch.from_numpy(np.load(tokens)).long()
     group.attrs["layers"] = len(model.h)
     for first in range(0, len(ids), batch):
         with torch.inference_mode(), model.trace(ids[first : first + batch], use_cache=False):
-            kept, weights = nnsight.save([]), nnsight.save([])
+            kept = nnsight.save([])
+            weights = nnsight.save([])
             for block in model.h:
                 kept.append(block.input.to(torch.float16))
                 weights.append(block.attn.output[1].to(torch.float16))
@@ -75,7 +89,9 @@ def patterns(model: Any, tokens: str, out: str, batch: int) -> None:
 
 def only_statistics(model: Any, tokens: str, out: str, batch: int) -> None:
     """Store the statistics of every pattern."""
-    model, group, ids = model[1], zarr.open_group(out, mode="a"), torch.from_numpy(np.load(tokens)).long()
+    model = model[1]
+    group = zarr.open_group(out, mode="a")
+    ids = torch.from_numpy(np.load(tokens)).long()
     group.attrs["layers"] = len(model.h)
     for first in range(0, len(ids), batch):
         with torch.inference_mode(), model.trace(ids[first : first + batch], use_cache=False):
@@ -90,4 +106,6 @@ def only_statistics(model: Any, tokens: str, out: str, batch: int) -> None:
 def read(out: str, site: str, layer: int, sequence: int, position: int, batch: int) -> np.ndarray:
     """Read one vector back: [d_model] of a state, [head, key] of patterns, [head] of statistics."""
     array: Any = zarr.open_array(out, path=site, mode="r")
-    return np.asarray(array[layer, sequence, position] if site == "resid" else array[layer, sequence, :, position])
+    return np.asarray(
+        array[layer, sequence, position] if site == "resid" else array[layer, sequence, :, position]
+    )

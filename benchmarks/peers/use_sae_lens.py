@@ -29,13 +29,22 @@ def residual(model: Any, tokens: str, out: str, batch: int) -> None:
     rows = Dataset.from_dict({"input_ids": ids.tolist()})
     for depth in range(config.n_layer + 1):
         settings = CacheActivationsRunnerConfig(
-            dataset_path="", model_name=name, model_class_name="AutoModelForCausalLM", model_batch_size=batch,
-            hook_name=f"transformer.h.{depth - 1}" if depth else "transformer.drop", d_in=config.n_embd,
-            training_tokens=ids.size, context_size=ids.shape[1],
+            dataset_path="",
+            model_name=name,
+            model_class_name="AutoModelForCausalLM",
+            model_batch_size=batch,
+            hook_name=f"transformer.h.{depth - 1}" if depth else "transformer.drop",
+            d_in=config.n_embd,
+            training_tokens=ids.size,
+            context_size=ids.shape[1],
             new_cached_activations_path=os.path.join(out, str(depth)),
-            shuffle=False, dtype="float16", device="cpu", prepend_bos=False, streaming=False,
+            shuffle=False,
+            dtype="float16",
+            device="cpu",
+            prepend_bos=False,
+            streaming=False,
             buffer_size_gb=batch * ids.shape[1] * config.n_embd * 2 / 1e9,
-        )  # fmt: skip
+        )
         CacheActivationsRunner(settings, override_dataset=rows).run()
 
 

@@ -19,7 +19,9 @@ def load(model: str) -> Any:
 
 def states(model: Any) -> list[str]:
     """Return the names of the residual stream at every depth."""
-    return ["blocks.0.hook_resid_pre"] + [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    return ["blocks.0.hook_resid_pre"] + [
+        f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)
+    ]
 
 
 def weights(model: Any) -> list[str]:
@@ -27,7 +29,9 @@ def weights(model: Any) -> list[str]:
     return [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
 
 
-def forward(model: Any, tokens: str, out: str, batch: int, names: list[str], reduce: Any = None) -> None:
+def forward(
+    model: Any, tokens: str, out: str, batch: int, names: list[str], reduce: Any = None
+) -> None:
     """Run the model over the tokens and store what the names gave, half as wide, or what `reduce` makes of it."""
     ids = torch.from_numpy(np.load(tokens)).long()
     for i, part in enumerate(ids.split(batch)):
@@ -36,9 +40,15 @@ def forward(model: Any, tokens: str, out: str, batch: int, names: list[str], red
             if reduce is None:
                 found = {name: cache[name].to(torch.float16) for name in names}
             else:
-                found = {f"{key}.{layer}": value for layer, name in enumerate(names)
-                         for key, value in reduce(cache[name]).items()}  # fmt: skip
-        save_file({name: value.contiguous() for name, value in found.items()}, os.path.join(out, f"{i}.safetensors"))
+                found = {
+                    f"{key}.{layer}": value
+                    for layer, name in enumerate(names)
+                    for key, value in reduce(cache[name]).items()
+                }
+        save_file(
+            {name: value.contiguous() for name, value in found.items()},
+            os.path.join(out, f"{i}.safetensors"),
+        )
 
 
 def statistics(p: torch.Tensor) -> dict[str, torch.Tensor]:

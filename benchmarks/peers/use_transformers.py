@@ -31,7 +31,9 @@ def save_states(model: Any, out: str, batch: int) -> list[Any]:
         save(out, f"resid-{depth}-{batch}", inputs[0])
 
     blocks = [*model.h, model.ln_f]
-    return [block.register_forward_pre_hook(partial(keep, depth)) for depth, block in enumerate(blocks)]
+    return [
+        block.register_forward_pre_hook(partial(keep, depth)) for depth, block in enumerate(blocks)
+    ]
 
 
 def save_patterns(model: Any, out: str, batch: int) -> list[Any]:
@@ -40,7 +42,10 @@ def save_patterns(model: Any, out: str, batch: int) -> list[Any]:
     def keep(layer: int, module: Any, inputs: Any, output: Any) -> None:
         save(out, f"pattern-{layer}-{batch}", output[1])
 
-    return [block.attn.register_forward_hook(partial(keep, layer)) for layer, block in enumerate(model.h)]
+    return [
+        block.attn.register_forward_hook(partial(keep, layer))
+        for layer, block in enumerate(model.h)
+    ]
 
 
 def save_statistics(model: Any, out: str, batch: int) -> list[Any]:
@@ -50,7 +55,10 @@ def save_statistics(model: Any, out: str, batch: int) -> list[Any]:
         for name, value in statistics(output[1]).items():
             save(out, f"{name}-{layer}-{batch}", value, torch.float32)
 
-    return [block.attn.register_forward_hook(partial(keep, layer)) for layer, block in enumerate(model.h)]
+    return [
+        block.attn.register_forward_hook(partial(keep, layer))
+        for layer, block in enumerate(model.h)
+    ]
 
 
 def statistics(p: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -97,5 +105,7 @@ def only_statistics(model: Any, tokens: str, out: str, batch: int) -> None:
 
 def read(out: str, site: str, layer: int, sequence: int, position: int, batch: int) -> np.ndarray:
     """Read one vector back: [d_model] of a state, [head, key] of patterns, [head] of statistics."""
-    part = np.load(Path(out, f"{site}-{layer}-{sequence // batch}.npy"), mmap_mode="r")[sequence % batch]
+    part = np.load(Path(out, f"{site}-{layer}-{sequence // batch}.npy"), mmap_mode="r")[
+        sequence % batch
+    ]
     return np.array(part[position] if site == "resid" else part[:, position])

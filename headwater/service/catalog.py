@@ -23,7 +23,8 @@ from headwater.store.verify import verify
 from headwater.store.writer import INTERNAL
 
 LISTED_DEPTH = 4
-OPEN_RUNS, FEW_ENTRIES = 32, 16
+OPEN_RUNS = 32
+FEW_ENTRIES = 16
 SHOWN_PROBLEMS = 50
 CHECKS = 8
 
@@ -41,10 +42,16 @@ class Counted:
             committed = run.ledger.committed()
             for block in self.seen.keys() - committed.keys():
                 del self.seen[block]
-            new = {block for block, attempt in committed.items() if self.seen.get(block, (0,))[0] != attempt}
+            new = {
+                block
+                for block, attempt in committed.items()
+                if self.seen.get(block, (0,))[0] != attempt
+            }
             for e in _entries(run, new):
                 self.seen[e.block] = (committed[e.block], e.last - e.first, e.n_tokens, e.n_bytes)
-            totals = [sum(values) for values in zip(*(v[1:] for v in self.seen.values()), strict=True)] or [0, 0, 0]
+            totals = [
+                sum(values) for values in zip(*(v[1:] for v in self.seen.values()), strict=True)
+            ] or [0, 0, 0]
             names = ("committed", "complete", "n_tokens", "n_bytes")
             return dict(zip(names, (len(self.seen), *totals), strict=True))
 
@@ -84,7 +91,9 @@ class Catalog:
 
     def _walk(self, folder: Place, above: str) -> Iterator[str]:
         names = folders_in(folder)
-        for name, is_run in zip(names, each(folder, lambda name: _is_run(folder / name), names), strict=True):
+        for name, is_run in zip(
+            names, each(folder, lambda name: _is_run(folder / name), names), strict=True
+        ):
             deeper = above.count("/") + 1 < LISTED_DEPTH and not name.endswith(".analysis")
             if is_run:
                 yield above + name
@@ -132,7 +141,9 @@ class Catalog:
         """Describe a run in a few values; one that cannot be read says why."""
         try:
             opened = self._open(name)
-            run, m, counts = opened.run, opened.run.manifest, opened.counted.update(opened.run)
+            run = opened.run
+            m = opened.run.manifest
+            counts = opened.counted.update(opened.run)
         except StoreError:
             raise
         except NotHereError:
@@ -141,13 +152,22 @@ class Catalog:
             return {"name": name, "state": "damaged", "error": public(str(error), self.root)}
         done = counts["committed"] >= m.n_blocks
         return {
-            "name": name, "state": "complete" if done else "unfinished", "model": m.model["name"].rpartition("/")[2],
-            "n_layer": m.model["config"]["n_layer"], "n_head": m.model["config"]["n_head"],
-            "d_model": m.model["config"]["d_model"], "n_sequences": m.n_sequences, "n_positions": m.n_positions,
-            "n_blocks": m.n_blocks, **counts, "sites": list(run.sites), "fingerprint": m.fingerprint,
+            "name": name,
+            "state": "complete" if done else "unfinished",
+            "model": m.model["name"].rpartition("/")[2],
+            "n_layer": m.model["config"]["n_layer"],
+            "n_head": m.model["config"]["n_head"],
+            "d_model": m.model["config"]["d_model"],
+            "n_sequences": m.n_sequences,
+            "n_positions": m.n_positions,
+            "n_blocks": m.n_blocks,
+            **counts,
+            "sites": list(run.sites),
+            "fingerprint": m.fingerprint,
             "text": [source_name(source["path"]) for source in m.text["sources"]][:20],
-            "made": int(opened.state.modified), "damage": self.damage(name, counts["committed"], done),
-        }  # fmt: skip
+            "made": int(opened.state.modified),
+            "damage": self.damage(name, counts["committed"], done),
+        }
 
     def describe(self, name: str) -> dict[str, Any]:
         """Describe a run with its arrays, its provenance and the results of its analyses."""
@@ -155,23 +175,34 @@ class Catalog:
         m = run.manifest
         arrays = [
             {
-                "name": s.name, "title": s.attributes.get("title", ""), "dtype": s.dtype, "codec": s.codec,
-                "dims": s.dims, "sizes": dict(zip(s.dims, s.shape, strict=True)),
-                "n_bytes": s.stored_bytes(m.n_sequences), "transformer_lens": s.attributes.get("transformer_lens"),
+                "name": s.name,
+                "title": s.attributes.get("title", ""),
+                "dtype": s.dtype,
+                "codec": s.codec,
+                "dims": s.dims,
+                "sizes": dict(zip(s.dims, s.shape, strict=True)),
+                "n_bytes": s.stored_bytes(m.n_sequences),
+                "transformer_lens": s.attributes.get("transformer_lens"),
             }
             for s in m.arrays
-        ]  # fmt: skip
+        ]
         sources = [{**source, "path": source_name(source["path"])} for source in m.text["sources"]]
         return self.summary(name) | {
-            "arrays": arrays, "config": json.loads(public(json.dumps(m.config), self.root)),
-            "model_config": m.model["config"], "model_digest": m.model["digest"],
-            "made_by": m.made_by, "sources": sources, "packing": m.text["packing"], "text_digest": m.text["digest"],
+            "arrays": arrays,
+            "config": json.loads(public(json.dumps(m.config), self.root)),
+            "model_config": m.model["config"],
+            "model_digest": m.model["digest"],
+            "made_by": m.made_by,
+            "sources": sources,
+            "packing": m.text["packing"],
+            "text_digest": m.text["digest"],
             "coordinates": {d: run.leads(s.name) for s in m.arrays if (d := s.axis) is not None}
             | ({} if (heads := run.coordinate("head")) is None else {"head": heads.tolist()}),
             "labels": [label for label in folders_in(run.path) if label.startswith("label_")],
-            "tokenizer": (run.path / "tokenizer.json").is_file(),
-            "analyses": self.analyses(name), "incomplete": missing_ranges(run),
-        }  # fmt: skip
+            "tokenizer": "tokenizer.json" in m.statics,
+            "analyses": self.analyses(name),
+            "incomplete": missing_ranges(run),
+        }
 
     def analyses(self, name: str) -> list[str]:
         """List the saved results of a run."""
@@ -201,14 +232,28 @@ class Catalog:
             self._waiting.discard(name)
             try:
                 run = self.open(name)
-                report = verify(run, quick=True, workers=CHECKS if isinstance(self.root, ObjectPath) else 1)
-                problems = [{"path": p.path, "what": public(p.what, self.root)} for p in report.problems]
-                found = {"checked": "lengths and indexes", "n_problems": len(problems),
-                         "problems": problems[:SHOWN_PROBLEMS]}  # fmt: skip
+                report = verify(
+                    run, quick=True, workers=CHECKS if isinstance(self.root, ObjectPath) else 1
+                )
+                problems = [
+                    {"path": p.path, "what": public(p.what, self.root)} for p in report.problems
+                ]
+                found = {
+                    "checked": "lengths and indexes",
+                    "n_problems": len(problems),
+                    "problems": problems[:SHOWN_PROBLEMS],
+                }
                 self._damage[name] = (self._damage[name][0], found)
             except Exception as error:
-                self._damage[name] = (self._damage[name][0], {"checked": "no", "n_problems": 0, "problems": [],
-                                                              "error": public(str(error), self.root)})  # fmt: skip
+                self._damage[name] = (
+                    self._damage[name][0],
+                    {
+                        "checked": "no",
+                        "n_problems": 0,
+                        "problems": [],
+                        "error": public(str(error), self.root),
+                    },
+                )
 
 
 def _is_run(path: Place) -> bool:
@@ -223,12 +268,15 @@ def source_name(path: str) -> str:
 def complete_mask(run: Run, first: int, last: int) -> np.ndarray:
     """Say of the sequences [first, last) which are committed, from the ledger."""
     block = run.manifest.block
-    return run.ledger.holds(first // block, -(-last // block))[np.arange(first, last) // block - first // block]
+    return run.ledger.holds(first // block, -(-last // block))[
+        np.arange(first, last) // block - first // block
+    ]
 
 
 def missing_ranges(run: Run, most: int = 100) -> list[tuple[int, int]]:
     """List the ranges of sequences that are not committed, `most` at most."""
-    committed, m = run.ledger.committed(), run.manifest
+    committed = run.ledger.committed()
+    m = run.manifest
     found: list[tuple[int, int]] = []
     for block in range(m.n_blocks):
         if block in committed:

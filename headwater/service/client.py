@@ -14,13 +14,25 @@ from typing import Any
 SECONDS = 200.0
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Take no redirect: the token would go with the request, to wherever an answer says."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 class Client:
     """A server by its URL. Raises ValueError for what the server refuses, RuntimeError where it cannot be reached."""
 
     def __init__(self, server: str, token_file: str | None = None) -> None:
         parts = urllib.parse.urlsplit(server)
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"--server is {server!r}; expected an address such as http://127.0.0.1:8000.")
+            raise ValueError(
+                f"--server is {server!r}; expected an address such as http://127.0.0.1:8000."
+            )
         self.url = server.rstrip("/")
         token = os.environ.get("HEADWATER_TOKEN", "")
         if token_file is not None:
@@ -57,7 +69,7 @@ class Client:
         headers = {**self._headers, **({"content-type": kind} if kind else {})}
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
-            return urllib.request.urlopen(request, timeout=SECONDS)
+            return _OPENER.open(request, timeout=SECONDS)
         except urllib.error.HTTPError as error:
             with error:
                 raise ValueError(f"{self.url} refuses this: {_detail(error)}") from None
@@ -69,6 +81,11 @@ class Client:
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
+    if 300 <= error.code < 400:
+        place = error.headers.get("location", "nowhere")
+        return (
+            f"it sends on to {place!r}, which is not followed; name the right address as --server."
+        )
     try:
         return str(json.load(error)["detail"])
     except (ValueError, KeyError, TypeError):

@@ -9,8 +9,10 @@ import ipaddress
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
+from itertools import pairwise
 from typing import Any
 
+from headwater.service.connections import Connections, Patience
 from headwater.service.settings import Settings, allowed_hosts
 
 Scope = MutableMapping[str, Any]
@@ -22,6 +24,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE = "headwater"
 OPEN_PATHS = frozenset({"/", "/login", "/health"})
 STREAMS = "/events"
+PIECE_BYTES = 256 << 10
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -41,7 +44,8 @@ class Refused(Exception):
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
-        self.status, self.text = status, text
+        self.status = status
+        self.text = text
 
 
 class Guard:
@@ -50,6 +54,7 @@ class Guard:
     def __init__(self, app: App, settings: Settings) -> None:
         self.app, self.settings, self.limits = app, settings, settings.limits
         self._names = allowed_hosts(settings)
+        self.connections = Connections(settings.limits)
         self._slow: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,19 +63,21 @@ class Guard:
             return
         if scope["type"] != "http":
             return
-        answer = _Answer(send)
+        answer = _Answer(send, Patience(self.limits))
         try:
             headers = read_headers(scope)
             self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_token(scope, headers)
             body = self._limited(scope, headers, receive, answer)
-            if scope["path"] == STREAMS:
+            if scope["path"] == STREAMS or _is_upload(scope):
                 await self.app(scope, body, answer)
             else:
                 await self._in_time(scope, body, answer)
         except Refused as refused:
             await answer.refuse(refused)
+        except SlowReaderError:
+            self.connections.abort(scope.get("client"))
 
     async def _in_time(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Answer within the time limit, or say that it was not possible; a thread that works on is left alone."""
@@ -82,7 +89,9 @@ class Guard:
             if not task.done() and not answer.started:
                 self._slow.add(task)
                 task.add_done_callback(self._forget)
-                await answer.refuse(Refused(503, f"this took longer than {seconds:g} s. Ask for less."))
+                await answer.refuse(
+                    Refused(503, f"this took longer than {seconds:g} s. Ask for less.")
+                )
                 return
             await task
         except asyncio.CancelledError:
@@ -104,7 +113,9 @@ class Guard:
         except ValueError:
             address = None
         if address is None or (self.settings.loopback and not address.is_loopback):
-            raise Refused(421, "this server does not answer to that Host; `serve --allow-host NAME` adds one.")
+            raise Refused(
+                421, "this server does not answer to that Host; `serve --allow-host NAME` adds one."
+            )
 
     def _check_origin(self, scope: Scope, headers: dict[str, str]) -> None:
         """Refuse requests that another site's page makes."""
@@ -113,7 +124,9 @@ class Guard:
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             raise Refused(403, "requests from pages of another origin are refused.")
         elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        if elsewhere and not (scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"):
+        if elsewhere and not (
+            scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        ):
             raise Refused(403, "requests from pages of another site are refused.")
 
     def _check_token(self, scope: Scope, headers: dict[str, str]) -> None:
@@ -125,34 +138,67 @@ class Guard:
             return
         if same(read_cookie(headers.get("cookie", "")), cookie_value(token)):
             return
-        raise Refused(401, "a token is needed: send `Authorization: Bearer TOKEN`, or log in on the page.")
+        raise Refused(
+            401, "a token is needed: send `Authorization: Bearer TOKEN`, or log in on the page."
+        )
 
-    def _limited(self, scope: Scope, headers: dict[str, str], receive: Receive, answer: _Answer) -> Receive:
-        """Count the bytes of a body as they come."""
-        upload = scope["method"] == "PUT" and scope["path"].startswith("/texts/")
-        limit = self.limits.text_bytes if upload else self.limits.body_bytes
-        too_large = Refused(413, f"the request is larger than the {limit:,} bytes that are taken here.")
+    def _limited(
+        self, scope: Scope, headers: dict[str, str], receive: Receive, answer: _Answer
+    ) -> Receive:
+        """Count the bytes of a body as they come, and do not wait for them for ever."""
+        limit = self.limits.text_bytes if _is_upload(scope) else self.limits.body_bytes
+        too_large = Refused(
+            413, f"the request is larger than the {limit:,} bytes that are taken here."
+        )
         if int(headers.get("content-length", "0") or 0) > limit:
             raise too_large
+        too_slow = Refused(408, "the rest of the request did not come in time.")
+        patience = Patience(self.limits)
         seen = 0
+        more = True
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
+            nonlocal seen, more
+            if not more:  # from here on, what comes is the end of the connection
+                return await receive()
+            try:
+                message: Message = await patience.wait(receive())
+            except TimeoutError:
+                await answer.refuse(too_slow)
+                raise too_slow from None
+            n_bytes = len(message.get("body", b""))
+            patience.earn(n_bytes)
+            seen += n_bytes
+            more = bool(message.get("more_body", False))
             if seen > limit:
-                await answer.refuse(too_large)  # the application may turn what is raised here into its own answer
+                await answer.refuse(
+                    too_large
+                )  # the application may turn what is raised here into its own answer
                 raise too_large
             return message
 
         return counted
 
 
-class _Answer:
-    """Send an answer once, with the headers of every answer."""
+class SlowReaderError(Exception):
+    """A client does not read its answer; the connection is to be ended."""
 
-    def __init__(self, send: Send) -> None:
-        self._send, self.started, self._refused = send, False, False
+
+class _Answer:
+    """Send an answer once, with the headers of every answer, in pieces that the client must take in time.
+
+    Of a piece, and not of a whole body, the server holds a copy until it is read. Errors that libraries write as plain
+    text are sent as a Problem.
+    """
+
+    def __init__(self, send: Send, patience: Patience) -> None:
+        self._send = send
+        self.started = False
+        self._refused = False
+        self._patience = patience
+        self._plain = None
+
+    _plain: Message | None
 
     async def __call__(self, message: Message) -> None:
         if self._refused:
@@ -162,21 +208,64 @@ class _Answer:
             there = {name for name, _ in message["headers"]}
             extra = [(name, value) for name, value in HEADERS if name not in there]
             message = {**message, "headers": [*message["headers"], *extra]}
-        await self._send(message)
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            if message["status"] >= 400 and kind.startswith(b"text/plain"):
+                self._plain = message
+                return
+            await self._piece(message, 0)
+        elif self._plain is not None:
+            await self._send_problem(self._plain, message)
+        else:
+            await self._send_body(message)
+
+    async def _send_body(self, message: Message) -> None:
+        body, more = message.get("body", b""), message.get("more_body", False)
+        ends = [*range(PIECE_BYTES, len(body), PIECE_BYTES), len(body)]
+        for begin, end in pairwise([0, *ends]):
+            last = end == len(body)
+            part = body if last and begin == 0 else bytes(body[begin:end])
+            await self._piece({**message, "body": part, "more_body": more or not last}, len(part))
+
+    async def _send_problem(self, start: Message, message: Message) -> None:
+        self._plain = None
+        text = message.get("body", b"").decode("utf-8", "replace")
+        body = json.dumps({"detail": text or "this cannot be answered."}).encode()
+        replaced = (b"content-type", b"content-length")
+        headers = [pair for pair in start["headers"] if pair[0] not in replaced]
+        headers += [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
+        await self._piece({**start, "headers": headers}, 0)
+        await self._piece({"type": "http.response.body", "body": body}, len(body))
+
+    async def _piece(self, message: Message, n_bytes: int) -> None:
+        try:
+            await self._patience.wait(self._send(message), n_bytes)
+        except TimeoutError:
+            self._refused = True
+            raise SlowReaderError from None
 
     async def refuse(self, refused: Refused) -> None:
         """Send a refusal, unless an answer is under way."""
         if self.started:
             return
         body = json.dumps({"detail": refused.text}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ]
         if refused.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        if refused.status == 413:
+        if refused.status in (408, 413):
             headers.append((b"connection", b"close"))
         await self({"type": "http.response.start", "status": refused.status, "headers": headers})
         await self({"type": "http.response.body", "body": body})
         self._refused = True
+
+
+def _is_upload(scope: Scope) -> bool:
+    return bool(scope["method"] == "PUT" and scope["path"].startswith("/texts/"))
 
 
 def read_headers(scope: Scope) -> dict[str, str]:

@@ -50,7 +50,9 @@ def out_path(settings: Settings, name: object) -> str:
     try:
         path = inside(settings.root, name := name.removeprefix(f"{settings.root}/").rstrip("/"))
     except NotHereError:
-        raise DeniedError(f"out {shown(name)} is no name under the server's root; use one such as 'my-run'.") from None
+        raise DeniedError(
+            f"out {shown(name)} is no name under the server's root; use one such as 'my-run'."
+        ) from None
     if name.endswith(".analysis") or name.partition("/")[0] == "texts":
         raise DeniedError(f"out {shown(name)} is taken; name another run.")
     return str(path)

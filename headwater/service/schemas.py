@@ -29,10 +29,21 @@ class Login(BaseModel):
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    code: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+    code: {
+        "description": text,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
     for code, text in {
-        400: "a request that cannot be met", 401: "a token is needed", 403: "from another origin",
-        404: "not here", 409: "not computed yet", 413: "too large", 421: "another Host", 422: "cannot be read",
+        400: "a request that cannot be met",
+        401: "a token is needed",
+        403: "from another origin",
+        404: "not here",
+        405: "another method",
+        408: "came too slowly",
+        409: "not computed yet",
+        413: "too large",
+        421: "another Host",
+        422: "cannot be read",
         503: "took too long, or busy",
     }.items()
-}  # fmt: skip
+}

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import socket
+import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -14,15 +15,18 @@ import uvicorn
 from anyio.to_thread import current_default_thread_limiter
 
 from headwater.extractor.units import count, show_bytes
-from headwater.service.app import make_app
 from headwater.service.catalog import Catalog
-from headwater.service.executor import Executor
-from headwater.service.job_queue import JobQueue
+from headwater.service.connections import Connections
+from headwater.service.data.texts import clear_uploads
+from headwater.service.jobs.scheduler import Executor
+from headwater.service.jobs.table import JobQueue
+from headwater.service.routes import make_app
 from headwater.service.settings import Settings
 from headwater.store.objects import ObjectPath
 from headwater.store.place import Place
 
-CONNECTIONS = 2000
+BACKLOG = 2000
+SWEEP_TICKS = 10  # of a tenth of a second
 STORE_THREADS = 40
 
 
@@ -32,16 +36,26 @@ def serve(settings: Settings) -> None:
     with _one_server(settings), _listen(settings) as listener:
         port = listener.getsockname()[1]
         settings = Settings(**{**vars(settings), "port": port})
-        with closing(JobQueue(settings.state / "jobs.sqlite")) as jobs:
+        with closing(_open_queue(settings)) as jobs:
             executor = Executor(settings, jobs, catalog := Catalog(settings))
+            app = make_app(settings, jobs, catalog, executor)
             config = uvicorn.Config(
-                make_app(settings, jobs, catalog, executor), log_level="warning", access_log=False, server_header=False,
-                proxy_headers=False, timeout_graceful_shutdown=1, timeout_keep_alive=30, lifespan="off",
-                limit_concurrency=CONNECTIONS, ws="none",
-            )  # fmt: skip
+                app,
+                http=app.connections.protocol(),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=1,
+                timeout_keep_alive=30,
+                lifespan="off",
+                limit_concurrency=app.connections.most + 1,
+                ws="none",
+            )
             try:
+                clear_uploads(settings.local)
                 _say(settings, executor.start())
-                _Server(config, threads_for(settings.root)).run(sockets=[listener])
+                _Server(config, threads_for(settings.root), app.connections).run(sockets=[listener])
             finally:
                 executor.close()
 
@@ -49,22 +63,44 @@ def serve(settings: Settings) -> None:
 class _Server(uvicorn.Server):
     """A server that leaves KeyboardInterrupt to whoever started it, and ends once."""
 
-    def __init__(self, config: uvicorn.Config, threads: int) -> None:
+    def __init__(self, config: uvicorn.Config, threads: int, connections: Connections) -> None:
         super().__init__(config)
         self._threads = threads
+        self._connections = connections
+        connections.open = self.server_state.connections
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         current_default_thread_limiter().total_tokens = self._threads
         await super().serve(sockets)
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % SWEEP_TICKS == 0:
+            self._connections.sweep()
+        return await super().on_tick(counter)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _open_queue(settings: Settings) -> JobQueue:
+    """Open the queue; raise RuntimeError where its file cannot be read or written."""
+    path = settings.state / "jobs.sqlite"
+    try:
+        return JobQueue(path)
+    except sqlite3.Error as error:
+        raise RuntimeError(
+            f"{path}, the queue of jobs, cannot be used ({error}). Free some space, or move the file away to begin a "
+            "new queue."
+        ) from error
 
 
 def threads_for(root: Place) -> int:
@@ -79,7 +115,11 @@ def _say(settings: Settings, resumed: int) -> None:
     print(f"headwater: serving {settings.root} at {settings.url}", file=sys.stderr)
     jobs = f"{count(settings.parallel, 'job')} at a time, {show_bytes(settings.memory)} of memory"
     more = f"; going on with {count(resumed, 'job')} that the last server left" if resumed else ""
-    print(f"headwater: {jobs}{more}. Ctrl-C ends it; jobs go on at the next start.", file=sys.stderr, flush=True)
+    print(
+        f"headwater: {jobs}{more}. Ctrl-C ends it; jobs go on at the next start.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager
@@ -104,11 +144,13 @@ def _one_server(settings: Settings) -> Iterator[None]:
 def _listen(settings: Settings) -> socket.socket:
     """Return a listening socket; raise ValueError with what to do where there can be none."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM
+        )[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(CONNECTIONS)
+        listener.listen(BACKLOG)
         return listener
     except OSError as error:
         raise ValueError(

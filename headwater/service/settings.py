@@ -12,7 +12,7 @@ from pathlib import Path
 
 from headwater.extractor.machine import available_memory
 from headwater.store.objects import ObjectPath, is_url
-from headwater.store.place import Place
+from headwater.store.place import Place, plain_place
 
 STATE = ".headwater"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -21,12 +21,24 @@ TOKEN_LENGTH = 16
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes and seconds that one request may take, and how many runs are listed."""
+    """Bytes and seconds that one request may take, what all may take together, and how many runs are listed.
+
+    A connection may let the server wait `stall_seconds`, and longer by the time that its bytes take at `slowest` a
+    second; it has `header_seconds` for the head of a request. `flight_bytes` bounds the slices that are made or wait
+    for their readers.
+    """
 
     body_bytes: int = 1 << 20
     text_bytes: int = 64 << 20
     slice_bytes: int = 64 << 20
     read_bytes: int = 1 << 30
+    document_bytes: int = 64 << 10
+    flight_bytes: int = 384 << 20
+    uploads: int = 32
+    connections: int = 2000
+    header_seconds: float = 30.0
+    stall_seconds: float = 30.0
+    slowest: float = 64e3
     seconds: float = 60.0
     plan_seconds: float = 120.0
     runs: int = 5000
@@ -110,23 +122,42 @@ def make_settings(
             f"--host {host} lets other machines connect, so a token is needed: give --token-file FILE (it is made "
             "where there is none), or keep to 127.0.0.1 and use an SSH tunnel."
         )
+    if not root.strip():
+        raise ValueError(
+            "ROOT is empty, perhaps a variable that is not set; name the directory that holds your runs."
+        )
+    root = plain_place(root)
     place, beside = _prefix(root, state) if is_url(root) else (_folder(root, state), None)
     return Settings(
-        place, host, port, None if token_file is None else read_token(token_file), ray,
-        _folders("--models", models), _folders("--texts", texts), tuple(hosts or ()),
-        memory or int(0.8 * available_memory()), parallel, beside,
-    )  # fmt: skip
+        place,
+        host,
+        port,
+        None if token_file is None else read_token(token_file),
+        ray,
+        _folders("--models", models),
+        _folders("--texts", texts),
+        tuple(hosts or ()),
+        memory or int(0.8 * available_memory()),
+        parallel,
+        beside,
+    )
 
 
 def _folder(root: str, state: str | None) -> Path:
     """Return a root on this machine, which keeps its queue itself."""
     folder = Path(root).expanduser()
     if state is not None:
-        raise ValueError(f"--state is {state}, but the directory {root} keeps its own queue. Leave --state out.")
+        raise ValueError(
+            f"--state is {state}, but the directory {root} keeps its own queue. Leave --state out."
+        )
     if not folder.is_dir():
-        raise ValueError(f"ROOT {root} is no directory; make it, or name the directory that holds your runs.")
+        raise ValueError(
+            f"ROOT {root} is no directory; make it, or name the directory that holds your runs."
+        )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"ROOT {root} may not be written by you; the queue of jobs is kept there. Name another.")
+        raise ValueError(
+            f"ROOT {root} may not be written by you; the queue of jobs is kept there. Name another."
+        )
     return folder.resolve()
 
 
@@ -135,13 +166,19 @@ def _prefix(root: str, state: str | None) -> tuple[ObjectPath, Path]:
     place = ObjectPath(root)
     place.is_dir()
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "headwater"
-    beside = base / urllib.parse.quote(str(place), "") if state is None else Path(state).expanduser()
+    beside = (
+        base / urllib.parse.quote(str(place), "") if state is None else Path(state).expanduser()
+    )
     try:
         beside.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--state {beside} cannot be made: {error.strerror}. Name another folder.") from error
+        raise ValueError(
+            f"--state {beside} cannot be made: {error.strerror}. Name another folder."
+        ) from error
     if not os.access(beside, os.W_OK | os.X_OK):
-        raise ValueError(f"--state {beside} may not be written by you; the queue of jobs is kept there. Name another.")
+        raise ValueError(
+            f"--state {beside} may not be written by you; the queue of jobs is kept there. Name another."
+        )
     return place, beside.resolve()
 
 
@@ -153,16 +190,21 @@ def read_token(file: str) -> str:
     except FileExistsError:
         pass
     except OSError as error:
-        raise ValueError(f"--token-file {file} cannot be made: {error.strerror}. Name another place.") from error
+        raise ValueError(
+            f"--token-file {file} cannot be made: {error.strerror}. Name another place."
+        ) from error
     else:
         with os.fdopen(handle, "w") as made:
             made.write(secrets.token_urlsafe(32) + "\n")
     try:
-        mode, token = path.stat().st_mode, path.read_text().strip()
+        mode = path.stat().st_mode
+        token = path.read_text().strip()
     except (OSError, ValueError) as error:
         raise ValueError(f"--token-file {file} cannot be read: {error}.") from error
     if mode & 0o077:
-        raise ValueError(f"--token-file {file} can be read by others (mode {mode & 0o777:o}). Run `chmod 600 {file}`.")
+        raise ValueError(
+            f"--token-file {file} can be read by others (mode {mode & 0o777:o}). Run `chmod 600 {file}`."
+        )
     if len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(
             f"--token-file {file} holds no token; expected one word of at least {TOKEN_LENGTH} ASCII characters. "

@@ -11,7 +11,7 @@ export async function compareView(main, places, go) {
   const chosen = { a: usable.includes(places.a) ? places.a : usable[0], b: usable.includes(places.b) ? places.b : usable[1] ?? usable[0] };
   const at = { s: Number(places.s || 0), l: Number(places.l || 0), h: Number(places.h || 0) };
   const body = make("div", { id: "comparison" });
-  const select = (side) => make("select", { id: `run-${side}`, onchange: (event) => { chosen[side] = event.target.value; show(); } },
+  const select = (side) => make("select", { id: `run-${side}`, "aria-label": `run ${side}`, onchange: (event) => { chosen[side] = event.target.value; show(); } },
     usable.map((name) => make("option", { selected: name === chosen[side] }, name)));
   const box = (key, label) => make("label", {}, `${label} `, make("input", { type: "number", min: 0, value: at[key], "data-place": key,
     onchange: (event) => { at[key] = Math.max(0, Number(event.target.value) || 0); show(); } }));

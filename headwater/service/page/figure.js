@@ -5,6 +5,8 @@ import { make, number, save } from "/page/dom.js";
 // `drawing` is an SVG element; `table` makes rows of CSV, or `href` is where the data lie; `python` makes them.
 export function figure({ title, drawing, name, table, href, python, note, tools = [] }) {
   const code = make("pre", { hidden: true }, python);
+  drawing.setAttribute("role", "img");
+  drawing.setAttribute("aria-label", title);
   const show = () => {
     code.hidden = !code.hidden;
     if (!code.hidden) navigator.clipboard?.writeText(python).catch(() => {});

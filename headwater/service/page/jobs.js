@@ -35,8 +35,8 @@ function said(p, job) {
 const price = (p) => [p.total_bytes && `writes ${bytes(p.total_bytes)}`, p.read_bytes && `reads ${bytes(p.read_bytes)}`, `${bytes(p.host_bytes)} of memory`].filter(Boolean).join(", ");
 
 function form() {
-  const kind = make("select", { id: "kind" }, ["extract", "analyze", "verify", "plateau", "patch", "ablate"].map((k) => make("option", {}, k)));
-  const text = make("textarea", { id: "document", rows: 7, spellcheck: "false" }, EXAMPLE), answer = make("div", { id: "answer" });
+  const kind = make("select", { id: "kind", "aria-label": "kind of job" }, ["extract", "analyze", "verify", "plateau", "patch", "ablate"].map((k) => make("option", {}, k)));
+  const text = make("textarea", { id: "document", "aria-label": "job", rows: 7, spellcheck: "false" }, EXAMPLE), answer = make("div", { id: "answer" });
   const send = (path) => async () => {
     answer.replaceChildren(make("span", { class: "soft" }, "planning …"));
     try {
@@ -46,8 +46,8 @@ function form() {
       answer.replaceChildren(problem(error));
     }
   };
-  const name = make("input", { id: "text-name", value: "my-text.txt", "aria-label": "name of the text" }), body = make("textarea", { id: "text", rows: 7, placeholder: "paste a text here" });
-  const file = make("input", { type: "file", onchange: () => { if (file.files[0]) name.value = file.files[0].name.replaceAll(/[^\w.-]/g, "_"); } }), sent = make("span");
+  const name = make("input", { id: "text-name", value: "my-text.txt", "aria-label": "name of the text" }), body = make("textarea", { id: "text", "aria-label": "text", rows: 7, placeholder: "paste a text here" });
+  const file = make("input", { type: "file", "aria-label": "file of text", onchange: () => { if (file.files[0]) name.value = file.files[0].name.replaceAll(/[^\w.-]/g, "_"); } }), sent = make("span");
   const upload = async () => {
     try {
       const done = await putText(name.value, file.files[0] || body.value);

@@ -8,22 +8,22 @@ import { runView } from "/page/run.js";
 import { runsView } from "/page/runs.js";
 
 const main = document.getElementById("main"), jobs = new Map();
-let view = {}, turn = 0, quiet = "";
+let view = {}, turn = 0;
 
 function read() {
   const [path, query = ""] = location.hash.replace(/^#/, "").split("?"), [, kind = "", name = ""] = path.match(/^\/([a-z]*)\/?(.*)$/) || [];
   return { kind: kind || "runs", name: decodeURIComponent(name), places: Object.fromEntries(new URLSearchParams(query)) };
 }
 
-// Write the places of a view into the address, without drawing it anew.
+// Write the places of a view into the address; replaceState fires no hashchange, so nothing is drawn anew.
 function go(places) {
   const there = Object.entries(places).filter(([, value]) => value != null), path = location.hash.split("?")[0];
-  quiet = `${path}?${new URLSearchParams(there)}`;
-  history.replaceState(null, "", quiet);
+  history.replaceState(null, "", `${path}?${new URLSearchParams(there)}`);
 }
 
 async function draw() {
   const mine = ++turn, { kind, name, places } = read();
+  view = {}; // the view that is left takes no more keys, and so writes no more addresses
   tip(null, "");
   for (const link of document.querySelectorAll("nav [data-view]")) link.classList.toggle("here", link.dataset.view === kind || (kind === "run" && link.dataset.view === "runs"));
   document.title = name ? `${name} · Headwater` : "Headwater";
@@ -104,5 +104,5 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 document.getElementById("help").addEventListener("click", () => document.getElementById("keys").showModal());
 addEventListener("keydown", pressed);
-addEventListener("hashchange", () => { if (location.hash !== quiet) draw(); });
+addEventListener("hashchange", draw);
 start();

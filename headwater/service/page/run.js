@@ -161,13 +161,13 @@ class RunView {
 
   drawStrip() {
     const { strings, arrays } = this.tokens, p = this.position, tints = this.tints();
-    const box = make("div", { class: "tokens", id: "tokens" }, strings.map((s, i) => (arrays.value.values[i] < 0 ? null : make("span", {
+    const box = make("div", { class: "tokens", id: "tokens", tabindex: 0, role: "group", "aria-label": "tokens" }, strings.map((s, i) => (arrays.value.values[i] < 0 ? null : make("span", {
       "data-position": i, class: i === p ? "here" : null, style: tints[i] ? `background:rgb(var(--tint) / ${Math.min(.85, Math.sqrt(tints[i]))})` : "",
       onclick: () => this.set({ position: i === p ? null : i }),
       onmousemove: (event) => tip(event, `${i} ${token(s)}  id ${arrays.value.values[i]}` + (arrays.loss ? `\nloss ${number(arrays.loss.values[i])} nats` : "") +
         (tints[i] ? `\nattention ${number(tints[i])}` : "")),
       onmouseleave: (event) => tip(event, ""),
-    }, s.replaceAll("\n", "⏎\n") || "·"))));
+    }, s.replaceAll("\n", "⏎\n") || "∅"))));
     const label = p == null ? "click a token to see what attends to it" : this.hasPattern
       ? `tinted: what attends to position ${p}, layer ${this.layer}, head ${this.head}` : `position ${p}`;
     this.boxes.strip.replaceChildren(make("div", { class: "row", style: "margin:0" }, make("h2", {}, "tokens"), make("span", { class: "soft" }, label)), box);

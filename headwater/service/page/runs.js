@@ -4,7 +4,7 @@ import { getJson, postJson } from "/page/api.js";
 import { bytes, count, make, problem } from "/page/dom.js";
 
 export async function runsView(main, jobs) {
-  const rows = make("tbody"), search = make("input", { type: "search", id: "search", placeholder: "search (/)", oninput: () => fill() });
+  const rows = make("tbody"), search = make("input", { type: "search", id: "search", "aria-label": "search runs", placeholder: "search (/)", oninput: () => fill() });
   let runs = [];
   const fill = () => {
     const wanted = search.value.toLowerCase(), shown = runs.filter((r) => JSON.stringify([r.name, r.model, r.text]).toLowerCase().includes(wanted));

@@ -1,0 +1,1 @@
+"""What changes when activations are changed: plateaus, patching, ablation, and the replay they share."""

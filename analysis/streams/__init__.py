@@ -1,0 +1,1 @@
+"""Vectors of a run in shuffled batches, for training."""

@@ -1,0 +1,1 @@
+"""All analyses together: the table of them, running them by name, and comparing their results."""

@@ -1,0 +1,1 @@
+"""Weights, where they come from, and the forward pass with its taps."""

@@ -1,0 +1,89 @@
+"""Sequences made ready for the forward pass: padded rows, positions, masks and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from headwater.extractor.model.hook import NO_HOOK, Hook
+from headwater.kernels.cpu.products import GROUP
+from headwater.kernels.mask import RowBlock, split_rows
+
+ROWS = 16
+ATTENTION_ROWS = 128
+LOGIT_ROWS = 512
+LOGIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of T positions, T padded to a multiple of 16 so that results don't depend on the batch.
+
+    `tokens`, `positions`, `targets` are int64 [B, T], `row_start` int32 [B, T]: position t attends to the keys
+    [row_start, t], and nothing where row_start > t (padding). `targets` is the next token, −1 where there is none.
+    `hook` changes values on their way.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    row_start: torch.Tensor
+    targets: torch.Tensor
+    blocks: list[list[RowBlock]]
+    hook: Hook = NO_HOOK
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; the row blocks are for the CPU and stay there."""
+        moved = {
+            name: getattr(self, name).to(device)
+            for name in ("tokens", "positions", "row_start", "targets")
+        }
+        return replace(self, **moved)
+
+
+def attention_rows(n_positions: int, tile: int | None = None) -> int:
+    """Return how many queries the attention takes at once: at most 128, and a divisor of the tile edge."""
+    edge = padded(n_positions) if tile is None or tile >= n_positions else tile
+    return edge if edge <= ATTENTION_ROWS or edge % ATTENTION_ROWS else ATTENTION_ROWS
+
+
+def logit_rows(d_vocab: int, value_bytes: int) -> int:
+    """Return how many rows of logits are held at once: LOGIT_BYTES of them, but no less than two groups of rows."""
+    rows = min(LOGIT_BYTES // (d_vocab * value_bytes), LOGIT_ROWS)
+    return max(rows, 2 * GROUP - 1)
+
+
+def padded(n_positions: int) -> int:
+    """Round a number of positions up to a multiple of 16."""
+    return -(-n_positions // ROWS) * ROWS
+
+
+def make_batch(tokens: np.ndarray, row_start: np.ndarray, tile: int | None = None) -> Batch:
+    """Pad token ids and row starts, both int32 [B, T], and derive positions, targets and attention blocks.
+
+    A position counts from the start of its row (t − row_start). The target of a position is the next token where that
+    one sees it, so never across documents that are kept apart. Padding is computed as token 0 and means nothing.
+    """
+    n, length = tokens.shape
+    wide = padded(length)
+    starts = np.tile(np.arange(1, wide + 1, dtype=np.int32), (n, 1))
+    starts[:, :length] = row_start
+    ids = np.zeros((n, wide), np.int64)
+    ids[:, :length] = tokens
+    t = np.arange(wide)
+    real = starts <= t
+    ids[~real] = 0
+    positions = np.where(real, t - starts, 0)
+    targets = np.full((n, wide), -1, np.int64)
+    follows = real[:, :-1] & real[:, 1:] & (starts[:, 1:] <= t[:-1])
+    targets[:, :-1][follows] = ids[:, 1:][follows]
+    starts_t = torch.from_numpy(starts)
+    n_rows = attention_rows(length, tile)
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        starts_t,
+        torch.from_numpy(targets),
+        [split_rows(row, n_rows) for row in starts_t],
+    )

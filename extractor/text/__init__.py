@@ -1,0 +1,1 @@
+"""From files and datasets to rows of token ids, committed before anything is computed."""

@@ -1,0 +1,147 @@
+"""A worker process of the server: it takes requests on standard input, one JSON line each, and answers in lines.
+Its arguments are the folders from which models may be read, whoever names them: a job, or the run that a job reads.
+
+It dies with the server: when standard input ends, whatever it was doing stops at once, and can be resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from headwater.extractor.edits.places import switch_calls_off
+from headwater.extractor.model import places as model_places
+from headwater.service.jobs import tasks
+
+LOCK_SECONDS = 60.0
+PROGRESS_SECONDS = 0.1
+
+
+class Channel:
+    """The way back to the server: lines of JSON."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._lock, self._last = stream, threading.Lock(), 0.0
+
+    def send(self, kind: str, value: Any) -> None:
+        """Send one answer."""
+        with self._lock:
+            self._stream.write(json.dumps({kind: value}) + "\n")
+            self._stream.flush()
+
+    def progress(self, value: dict[str, Any], always: bool = False) -> None:
+        """Send progress, ten times a second at most."""
+        now = time.monotonic()
+        if always or now - self._last >= PROGRESS_SECONDS:
+            self._last = now
+            self.send("progress", value)
+
+
+class Requests:
+    """Requests from standard input, read by a thread so that its end and a cancellation are seen at once."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.waiting = stream, queue.SimpleQueue[dict[str, Any]]()
+        self._current: int | None = None
+        self._cancelled: set[int] = set()
+        signal.signal(signal.SIGINT, self._interrupt)
+        threading.Thread(target=self._read, daemon=True, name="requests").start()
+
+    def _read(self) -> None:
+        for line in self._stream:
+            request = json.loads(line)
+            if request["do"] != "cancel":
+                self.waiting.put(request)
+            elif request["id"] not in self._cancelled:
+                self._cancelled.add(request["id"])
+                if self._current == request["id"]:
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        os._exit(3)
+
+    def _interrupt(self, *_: Any) -> None:
+        """Interrupt the current request, once; a signal that comes when it has ended means nothing."""
+        if self._current is not None:
+            self._current = None
+            raise KeyboardInterrupt
+
+    def begin(self, number: int) -> None:
+        """Say which request runs; raise KeyboardInterrupt where it is cancelled already."""
+        self._current = number
+        if number in self._cancelled:
+            self._current = None
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        """Say that nothing can be interrupted any more."""
+        self._current = None
+
+
+def main() -> int:
+    """Answer requests until standard input ends."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")  # where memory ends, the job goes rather than the server
+    switch_calls_off("the server runs no code that a request or a run names.")
+    model_places.allow_only(map(Path, sys.argv[1:]))
+    channel = Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+    os.dup2(2, 1)  # what libraries print must not end up among the answers
+    requests = Requests(sys.stdin)
+    while True:
+        kind, value = _answer(requests.waiting.get(), channel, requests)
+        channel.send(kind, value)
+
+
+def _answer(request: dict[str, Any], channel: Channel, requests: Requests) -> tuple[str, Any]:
+    """Do what a request asks; return how it ended."""
+    try:
+        requests.begin(request["id"])
+        function = (
+            tasks.PLANS[request["kind"]] if request["do"] == "plan" else tasks.RUNS[request["kind"]]
+        )
+        result = _when_free(function, request["document"], channel)
+        requests.end()
+        return "done", result
+    except KeyboardInterrupt:
+        return "cancelled", None
+    except ValueError as error:
+        requests.end()
+        return "refused", str(error)
+    except BaseException as error:  # SystemExit too, and the panics of libraries
+        requests.end()
+        traceback.print_exc()
+        return "failed", explain(error)
+
+
+def explain(error: BaseException) -> str:
+    """Say what went wrong, as the command line does."""
+    from headwater.cli.entry import explain as in_words
+
+    return in_words(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+
+
+def _when_free(function: tasks.Task, document: dict[str, Any], channel: Channel) -> Any:
+    """Run a task, waiting a while where the worker of a server that was killed still holds the run."""
+    from headwater.store.lock import LockedError
+
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return function(document, channel.progress)
+        except LockedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Attention with its pattern or statistics on a CPU."""

@@ -1,0 +1,221 @@
+"""A request from flags, TOML or Python becomes one checked configuration, and what fixes the bytes is its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from headwater.extractor.request import RunConfig, fingerprint, make_config
+from headwater.extractor.selection import select
+from headwater.extractor.settings import COUNTS, LISTS, PER_SITE, SELECTIONS, SWITCHES
+from headwater.extractor.sites import PRESETS, RequestError
+
+MODEL = SimpleNamespace(n_layer=2, n_head=2)
+
+
+def canonical(**settings):
+    config = RunConfig("run", **settings)
+    return config.canonical(
+        select(MODEL, 8, config.requested, config.layers), 8, config.block or 64
+    )
+
+
+def test_python_may_give_natural_types(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = RunConfig(
+        Path("a/run"),
+        text=Path("b.txt"),
+        sites=["resid", "q"],
+        layers=[0, 1],
+        depths=2,
+        labels="a,b",
+        dtype={"default": "float32", "resid": "float16"},
+        tokenizer=Path("t"),
+    )
+    assert (config.out, config.text, config.sites, config.labels) == (
+        "a/run",
+        ("b.txt",),
+        ("resid", "q"),
+        ("a", "b"),
+    )
+    assert (config.layers, config.depths, config.dtype) == ("0,1", "2", "float32,resid=float16")
+    assert RunConfig("run", sites="resid, q").requested == ("resid", "q")
+    assert RunConfig("run", text="a, b.txt").text == ("a, b.txt",)
+    assert RunConfig("~/run").out == "/home/someone/run"
+    assert RunConfig("run").requested == PRESETS["residual"]
+    assert RunConfig("run", threads=2).to_json() == {"out": "run", "threads": 2}
+    assert replace(config, out="c").layers == "0,1"
+
+
+WRONG = {
+    "out": ("", 3, None),
+    "model": ("", 3, None),
+    "text": ([1], "", 4),
+    "sites": ([1], "", ["q", " "]),
+    "labels": ([None],),
+    "preset": ("none", 1),
+    "mode": ("Pack",),
+    "compute": ("float32",),
+    "on_overflow": ("x",),
+    "seq_len": (0, -1, 1.0, "8", True),
+    "block": (3, 12),
+    "top_k": (None, 0),
+    "threads": (4097,),
+    "bos": (1, "true"),
+    "jsonl": (None,),
+    "layers": ("", [1, "2"], [], True, 1.5),
+    "positions": ({},),
+    "tokens": ("", 1),
+    "dtype": (
+        "bfloat16",
+        "float64",
+        "q=int8",
+        "zz=float16",
+        "float16,float32",
+        "q=float16,q=float32",
+        "",
+        None,
+        "attn_argmax=float16",
+    ),
+    "codec": ("gzip", "zstd-9", {"q": 3}, ["none"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_that_a_setting_cannot_have_are_refused(name):
+    for value in WRONG[name]:
+        with pytest.raises(RequestError, match=f"^--{name.replace('_', '-')} "):
+            RunConfig(**{"out": "run", name: value})
+
+
+def test_every_setting_has_a_kind():
+    names = set(RunConfig.__dataclass_fields__)
+    assert {*COUNTS, *SWITCHES, *LISTS, *SELECTIONS, *PER_SITE} < names
+    for name in ("mode", "bos", "column", "max_tokens"):
+        with pytest.raises(RequestError, match="--tokens gives them as they are"):
+            RunConfig(
+                "run",
+                tokens="ids.npy",
+                **{name: {"mode": "document", "bos": True, "column": "c"}.get(name, 4)},
+            )
+
+
+def test_stored_types_have_defaults_and_exceptions():
+    config = RunConfig("run", dtype="resid=float32", codec="zstd-1,pattern=none")
+    expected = {
+        "resid": "float32",
+        "q": "float16",
+        "pattern": "float16",
+        "loss": "float32",
+        "attn_argmax": "int32",
+    }
+    assert {site: config.dtype_of(site) for site in expected} == expected
+    assert (config.codec_of("q"), config.codec_of("pattern")) == ("zstd-1", "none")
+    half = RunConfig("run", dtype="float16,loss=float16")
+    assert (half.dtype_of("loss"), half.dtype_of("resid_norm")) == ("float16", "float32")
+
+
+def test_what_fixes_the_bytes_is_written_out():
+    whole = canonical()
+    assert (
+        whole
+        == canonical(sites=("resid",))
+        == canonical(text=("a",), threads=3, dtype="float16", top_k=3)
+    )
+    assert whole["dtype"] == {"resid": "float16"} and whole["top_k"] is None
+    for change in (
+        {"dtype": "float32"},
+        {"codec": "zstd-1"},
+        {"compute": "bf16"},
+        {"block": 32},
+        {"sites": ["q"]},
+        {"on_overflow": "keep"},
+    ):
+        assert canonical(**change) != whole
+    assert (
+        canonical(sites=["q"])
+        == canonical(sites=["q"], layers=":")
+        == canonical(sites=["q"], layers="0,1")
+    )
+    first = fingerprint(whole, "weights", "tokens")
+    assert first == fingerprint(dict(reversed(whole.items())), "weights", "tokens")
+    others = {
+        fingerprint(canonical(block=32), "weights", "tokens"),
+        fingerprint(whole, "w", "tokens"),
+        fingerprint(whole, "weights", "t"),
+    }
+    assert len(others | {first}) == 4
+
+
+def test_flags_replace_what_a_file_says(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'out = "a"\nsites = ["q"]\ntokens = "ids.npy"\nthreads = 2\nwithin-documents = true\nlayers = 1\n'
+    )
+    with pytest.raises(RequestError, match="--within-documents says how"):
+        make_config({}, str(file))
+    flags = {
+        "text": ["b.txt"],
+        "preset": "statistics",
+        "threads": None,
+        "command": print,
+        "json": False,
+    }
+    config = make_config(flags, str(file))
+    assert (config.text, config.tokens, config.sites, config.preset) == (
+        ("b.txt",),
+        None,
+        (),
+        "statistics",
+    )
+    assert (config.out, config.threads, config.within_documents, config.layers) == (
+        "a",
+        2,
+        True,
+        "1",
+    )
+    assert make_config({"out": "c", "text": ["b"]}, str(file)).out == "c"
+    assert make_config({"text": ["b"]}, str(file), out="default").out == "a"
+    assert make_config({}, out="default").out == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("seq_length = 3", {}, "'seq_length' is not a setting; did you mean 'seq_len'?"),
+        ("x = 1", {}, "'x' is not a setting. Settings are the flags"),
+        ("seq_len = ", {}, "cannot be read: Invalid value"),
+        (
+            'seq_len = "3"',
+            {},
+            r"--seq-len is '3'; expected a whole number from 1 on\. \(That is seq_len in .*run\.toml",
+        ),
+        ("seq_len = 3", {"seq_len": 0}, "--seq-len is 0; expected a whole number from 1 on.$"),
+        ("[dtype]\nresid = 3", {}, "--dtype has '3'"),
+        ('text = "a"\ntokens = "b"', {}, "--text and --tokens were both given in .*run.toml"),
+        ("", {"preset": "all", "sites": "q"}, "--preset and --sites were both given; expected one"),
+        ("", {"out": None}, "--out is missing"),
+    ],
+)
+def test_files_that_are_wrong_are_refused(tmp_path, text, flags, message):
+    (tmp_path / "run.toml").write_text(text)
+    with pytest.raises(RequestError, match=message):
+        make_config({"out": "run"} | flags, str(tmp_path / "run.toml"))
+
+
+@pytest.mark.parametrize("inner", ["headwater/ledger/00000001.9.gone", "a/b", "../run.analysis/x"])
+def test_no_run_is_made_inside_another(tmp_path, cli, tiny_gpt2, inner):
+    """A name can mean something to the run around it: such a folder in its ledger would take a block out."""
+    run = tmp_path / "run"
+    (run / "headwater").mkdir(parents=True)
+    (run / "headwater" / "manifest.json").write_text("{}")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox")
+    (tmp_path / "linked").symlink_to(run)
+    asked = ("extract", "--model", tiny_gpt2, "--text", text, "--out")
+    for out in (run / inner, tmp_path / "linked" / inner):
+        cli(*asked, out).error(2, "lies in the run")
+        assert not out.exists()
