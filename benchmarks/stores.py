@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from headwater.store.layout import ArraySpec
+from headwater.store.place import place_of
 from headwater.store.reader import Run, RunArray
 from headwater.store.writer import BlockWriter
 
@@ -81,7 +82,7 @@ class _Files(Run):
     """The files of a run without its manifest and ledger, so that nothing is checked."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = place_of(path)
         self.checked = False
         self._lock, self._shards = threading.Lock(), OrderedDict()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -21,8 +20,7 @@ from headwater.extractor.units import show_bytes
 from headwater.kernels.cpu.rows import STATISTICS
 from headwater.store.layout import ArraySpec, make_spec, sequence_bytes
 from headwater.store.manifest import PLAIN_CHUNK_BYTES
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.writer import ring_bytes
 
 BLOCK_TOKENS = 16384
@@ -197,7 +195,7 @@ def text_bytes(arrays: tuple[ArraySpec, ...], shape: Geometry, n_sequences: int)
     )
 
 
-def check_resources(plan: Plan, out: Place, done: float = 0.0, at_least: bool = False) -> None:
+def check_resources(plan: Plan, out: PlaceLike, done: float = 0.0, at_least: bool = False) -> None:
     """Refuse a run that the disk or the memory cannot hold, with both numbers; `done` is the share that is there.
 
     `at_least` says that the plan is a lower bound, made before the sequences are counted.
@@ -259,14 +257,10 @@ def host_bytes(
     return BASE_BYTES + int(1.1 * (weights + stream + work)) + ring_bytes(arrays)
 
 
-def free_disk(out: Place) -> int:
+def free_disk(out: PlaceLike) -> int:
     """Return the free bytes of the file system that will hold `out`; an object store has no end."""
-    if isinstance(out, ObjectPath):
-        return ENDLESS
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    free = place_of(out).free_bytes()
+    return ENDLESS if free is None else free
 
 
 def _spec(

@@ -41,8 +41,7 @@ from headwater.store.manifest import (
     read_manifest,
     settle,
 )
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, clear_temporary, place_of
+from headwater.store.place import Place, place_of
 from headwater.store.publish import clear_unpublished, publish
 from headwater.store.reader import Run, open_run
 from headwater.store.scratch import scratch_folder
@@ -156,28 +155,29 @@ def _commit_text(
 
     `check` raises LockedError once the lock is lost: after hours of tokenising, what was begun there is another's.
     """
-    if not isinstance(run, ObjectPath):
-        return commit_text(config, checkpoint, run, rows)
+    if run.remote is None:
+        assert run.local is not None
+        return commit_text(config, checkpoint, run.local, rows)
     with scratch_folder("hw-text-") as folder:
         (folder / "run").mkdir()
         manifest = commit_text(config, checkpoint, folder / "run", rows)
         check()
-        publish(folder / "run", run, manifest)
+        publish(folder / "run", run.remote, manifest)
     return manifest
 
 
 def _make_directory(run: Place) -> list[Path]:
     """Make the directory of a run; return the directories that were not there, the innermost first."""
-    if isinstance(run, ObjectPath):
+    if run.local is None:
         return []
-    missing = [path for path in (run, *run.parents) if not path.exists()]
+    missing = [path for path in (run.local, *run.local.parents) if not path.exists()]
     try:
-        for parent in make_directories(run):
+        for parent in make_directories(run.local):
             sync_directory(parent)
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}"
         raise RunError(f"--out {run} cannot be made ({reason}). Name another directory.") from error
-    if not os.access(run, os.W_OK | os.X_OK):
+    if not os.access(run.local, os.W_OK | os.X_OK):
         raise RunError(
             f"--out {run} may not be written by you. Name another directory, or change its permissions."
         )
@@ -186,10 +186,10 @@ def _make_directory(run: Place) -> list[Path]:
 
 def _remove_directory(run: Place, made: list[Path]) -> None:
     """Take back what a refused request made; `made` are the directories that were not there before."""
-    if isinstance(run, ObjectPath):
-        clear_unpublished(run)
-    elif not manifest_path(run).exists():
-        shutil.rmtree(run / "headwater", ignore_errors=True)
+    if run.remote is not None:
+        clear_unpublished(run.remote)
+    elif run.local is not None and not manifest_path(run).exists():
+        shutil.rmtree(run.local / "headwater", ignore_errors=True)
         for directory in made:
             with suppress(OSError):
                 directory.rmdir()
@@ -221,7 +221,7 @@ def _compute(
     if not missing:
         return
     check_resources(plan, run, done=len(committed) / plan.n_blocks)
-    clear_temporary(run)
+    run.clear_temporary()
 
     def notify(text: str) -> None:
         progress.workers = text

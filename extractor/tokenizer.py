@@ -17,8 +17,7 @@ import numpy as np
 import tokenizers
 
 from headwater.extractor.text.documents import Document
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.reader import Run
 
 T = TypeVar("T")
@@ -251,7 +250,7 @@ def _guarded(call: Callable[[], T], what: str) -> T:
         ) from error
 
 
-def load_tokenizer(source: Place | str, special_tokens: str = "ids") -> Tokenizer:
+def load_tokenizer(source: PlaceLike, special_tokens: str = "ids") -> Tokenizer:
     """Load a tokenizer.json, a directory with one of FORMS, or the tokenizer of a hub id.
 
     Truncation, padding and BPE dropout are turned off. Special tokens and added words are those that transformers
@@ -260,12 +259,13 @@ def load_tokenizer(source: Place | str, special_tokens: str = "ids") -> Tokenize
     END_OF_TEXT; the beginning-of-text token is their `bos_token`, else GPT-2's in a tokenizer of GPT-2's class. Raises
     TokenizerError for what is missing or unreadable, and for steps whose work would have no bound.
     """
-    if isinstance(source, ObjectPath):
+    place = place_of(source)
+    if place.local is None:
         with TemporaryDirectory() as here:
             copy = Path(here) / "tokenizer.json"
-            copy.write_bytes(source.read_bytes())
+            copy.write_bytes(place.read_bytes())
             return load_tokenizer(copy, special_tokens)
-    path = Path(source).expanduser()
+    path = place.local.expanduser()
     if not path.exists():
         if not isinstance(source, str) or not HUB_ID.fullmatch(source) or path.suffix == ".json":
             raise TokenizerError(

@@ -24,7 +24,7 @@ from headwater.extractor.text.commit import maker
 from headwater.store.layout import sequence_bytes, tile_edge
 from headwater.store.ledger import Entry
 from headwater.store.manifest import Manifest
-from headwater.store.place import Place
+from headwater.store.place import PlaceLike
 from headwater.store.publish import open_writer
 from headwater.store.reader import open_run
 from headwater.store.writer import file_sums
@@ -38,9 +38,13 @@ class Worker:
     """A model and a writer that extract one block after another of one run."""
 
     def __init__(
-        self, run: Place, manifest: Manifest, plan: Plan, model: Model, keep_overflow: bool = False
+        self,
+        run: PlaceLike,
+        manifest: Manifest,
+        plan: Plan,
+        model: Model,
+        keep_overflow: bool = False,
     ) -> None:
-        self.run = run
         self.manifest = manifest
         self.plan = plan
         self.model = model

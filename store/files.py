@@ -6,11 +6,19 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 
 GONE = "it was moved or deleted while the run was written. Put it back, and run the command again to go on."
+
+
+class FileState(NamedTuple):
+    """A file's bytes, the time of its last change in seconds, and a mark that differs for what is written anew."""
+
+    n_bytes: int
+    modified: float
+    mark: str
 
 
 class RunMoved(RuntimeError):

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,7 @@ from headwater.store.entry import Entry as Entry
 from headwater.store.entry import LedgerError as LedgerError
 from headwater.store.entry import decode, different, encode, mark_of
 from headwater.store.files import GONE, RunMoved, json_sum, to_json
-from headwater.store.place import Place, create_whole, delete_all, file_names, quiet_mark, read_all
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.segments import FOLDER as SEGMENTS
 from headwater.store.segments import Segments
 from headwater.store.writer import INTERNAL
@@ -67,7 +66,8 @@ class _View:
 class Ledger:
     """The entries of one run: files `<block>.<attempt>.json` that each carry their own checksum, and segments."""
 
-    def __init__(self, run: Place, fingerprint: str) -> None:
+    def __init__(self, run: PlaceLike, fingerprint: str) -> None:
+        run = place_of(run)
         self.folder = run / INTERNAL / "ledger"
         self.fingerprint = fingerprint
         self._run = run
@@ -107,7 +107,7 @@ class Ledger:
         newest = dict(zip(view.block[there].tolist(), view.attempt[there].tolist(), strict=True))
         loose = [item for item in view.loose.values() if newest.get(item.block) == item.attempt]
         for item, data in zip(
-            loose, read_all(self.folder / item.name for item in loose), strict=True
+            loose, self.folder.read_all(item.name for item in loose), strict=True
         ):
             decode(data, item.name, item.block, self.fingerprint)
         return newest
@@ -141,7 +141,7 @@ class Ledger:
         keys = zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True)
         loose = [view.loose[key] for key in keys]
         for item, data in zip(
-            loose, read_all(self.folder / item.name for item in loose), strict=True
+            loose, self.folder.read_all(item.name for item in loose), strict=True
         ):
             if isinstance(data, FileNotFoundError):  # it was moved meanwhile
                 yield self.read(item.block)
@@ -171,7 +171,7 @@ class Ledger:
         mine = ~view.gone & (view.source == LOOSE)
         keys = list(zip(view.block[mine].tolist(), view.attempt[mine].tolist(), strict=True))
         names = [view.loose[key].name for key in keys]
-        files = read_all(self.folder / name for name in names)
+        files = self.folder.read_all(names)
         for (block, _), name, data in zip(keys, names, files, strict=True):
             with suppress(LedgerError):
                 yield block, decode(data, name, block, self.fingerprint).made_by
@@ -195,7 +195,7 @@ class Ledger:
             if source != LOOSE:
                 return self._segments.entry(view.segments[source], block, attempt)
             item = view.loose[block, attempt]
-            (data,) = read_all([self.folder / item.name])
+            (data,) = self.folder.read_all([item.name])
             if not isinstance(data, FileNotFoundError):  # else it was moved meanwhile
                 return decode(data, item.name, block, self.fingerprint)
         return None
@@ -205,10 +205,10 @@ class Ledger:
 
         Raises RunMoved where the run's folder is no longer there.
         """
-        if isinstance(self._run, Path) and not self._run.is_dir():
+        if self._run.local is not None and not self._run.is_dir():
             raise RunMoved(f"{self._run} is gone: {GONE}")
-        return create_whole(
-            self._run, f"{INTERNAL}/ledger/{entry.block:08d}.{entry.attempt}.json", encode(entry)
+        return self._run.create_whole(
+            f"{INTERNAL}/ledger/{entry.block:08d}.{entry.attempt}.json", encode(entry)
         )
 
     def next_attempt(self, block: int) -> int:
@@ -230,10 +230,10 @@ class Ledger:
             attempt = attempts.get(block, 0) + 1
             body = {"block": block, "attempt": attempt, "fingerprint": self.fingerprint}
             data = to_json(body | {"crc32c": json_sum(body)})
-            create_whole(self._run, f"{INTERNAL}/ledger/{block:08d}.{attempt}.gone", data)
+            self._run.create_whole(f"{INTERNAL}/ledger/{block:08d}.{attempt}.gone", data)
         chosen = set(blocks)
         names = [item.name for item in self._loose() if item.block in chosen and not item.gone]
-        delete_all(self.folder, names)
+        self.folder.delete_all(names)
 
     def marks(self) -> dict[int, str]:
         """Return the mark of each committed block: its attempt and a digest of its sums. Raises LedgerError."""
@@ -256,7 +256,7 @@ class Ledger:
 
     def drop_segment(self, path: str) -> None:
         """Delete a segment that cannot be trusted: what it held is computed again."""
-        delete_all(self._run / SEGMENTS, [path.rpartition("/")[2]])
+        (self._run / SEGMENTS).delete_all([path.rpartition("/")[2]])
 
     def compact(self, least: int = COMPACT_AT) -> int:
         """Move the entries that are files into a new segment, if there are `least`; return how many were moved.
@@ -274,7 +274,7 @@ class Ledger:
         rows = list[tuple[Entry, bool]]()
         moved = list[str]()
         for item, data in zip(
-            loose, read_all(self.folder / item.name for item in loose), strict=True
+            loose, self.folder.read_all(item.name for item in loose), strict=True
         ):
             try:
                 if item.gone:
@@ -288,7 +288,7 @@ class Ledger:
                 rows.append((entry, item.gone))
         if rows:
             self._segments.write(rows)
-        delete_all(self.folder, moved)
+        self.folder.delete_all(moved)
         return len(moved)
 
     def _view(self) -> _View:
@@ -296,7 +296,7 @@ class Ledger:
         with self._lock:
             if self._seen is None or self._seen_at < asked:
                 begun = time.monotonic()
-                mark = [quiet_mark(folder) for folder in (self.folder, self._run / SEGMENTS)]
+                mark = [folder.quiet_mark() for folder in (self.folder, self._run / SEGMENTS)]
                 if self._seen is None or self._seen.errors or None in mark or mark != self._mark:
                     self._seen = self._list()
                 self._seen_at = begun
@@ -332,7 +332,7 @@ class Ledger:
 
     def _loose(self) -> list[Loose]:
         found = []
-        for name in file_names(self.folder):
+        for name in self.folder.file_names():
             stem, _, kind = name.rpartition(".")
             block, _, attempt = stem.partition(".")
             if kind in ("json", "gone") and block.isdecimal() and attempt.isdecimal():

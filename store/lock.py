@@ -15,24 +15,25 @@ from headwater.store.files import make_directories, sync_directory
 from headwater.store.lease import LockedError as LockedError
 from headwater.store.lease import lease
 from headwater.store.manifest import PROBE, RunError
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.writer import INTERNAL
 
 
 @contextmanager
-def hold(run: Place) -> Iterator[Callable[[], None]]:
+def hold(run: PlaceLike) -> Iterator[Callable[[], None]]:
     """Hold the run's lock; raise LockedError with the first holder's name where it is taken.
 
     Yield a function that raises LockedError once the lock is lost, which can only happen in an object store.
     """
-    if isinstance(run, ObjectPath):
-        with lease(run) as check:
+    run = place_of(run)
+    if run.remote is not None:
+        with lease(run.remote) as check:
             yield check
         return
-    path = run / INTERNAL / "lock"
+    assert run.local is not None
+    path = run.local / INTERNAL / "lock"
     make_directories(path.parent)
-    refuse_links(run)
+    refuse_links(run.local)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -72,17 +73,18 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def probe(run: Place) -> None:
+def probe(run: PlaceLike) -> None:
     """Try on the target what the run's promise rests on: rename, directory fsync, hard links; of an object, a write.
 
     Raises OSError with the operation's name where one is refused.
     """
-    if isinstance(run, ObjectPath):
+    run = place_of(run)
+    if run.local is None:
         item = run / INTERNAL / "tmp" / f"{PROBE}{socket.gethostname()}-{os.getpid()}"
         item.write_bytes(b"headwater")
         item.unlink()
         return
-    folder = run / INTERNAL / "tmp"
+    folder = run.local / INTERNAL / "tmp"
     make_directories(folder)
     first, second, third = (folder / f"{PROBE}{os.getpid()}-{i}" for i in range(3))
     operation = "create a file"

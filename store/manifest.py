@@ -25,8 +25,9 @@ from headwater.store.files import (
     write_synced,
 )
 from headwater.store.layout import ArraySpec, array_metadata
+from headwater.store.local import LocalPath
 from headwater.store.objects import ObjectPath, StoreError
-from headwater.store.place import Place
+from headwater.store.place import Place, PlaceLike, place_of
 from headwater.store.raw import PART, check_files, from_raw
 from headwater.store.shard import CRC_BYTES, crc32c
 from headwater.store.writer import INTERNAL
@@ -34,6 +35,7 @@ from headwater.store.writer import INTERNAL
 FORMAT_VERSION = 1
 PLAIN_CHUNK_BYTES = 4 << 20
 PROBE = "probe-"
+MANIFEST = f"{INTERNAL}/manifest.json"
 
 
 class RunError(ValueError):
@@ -81,17 +83,19 @@ class Manifest:
         return raw | {"crc32c": json_sum(raw)}
 
 
-def manifest_path(run: Place) -> Place:
-    return run / INTERNAL / "manifest.json"
+def manifest_path(run: PlaceLike) -> Place:
+    """Return the place of a run's manifest."""
+    return place_of(run) / MANIFEST
 
 
-def read_manifest(run: Place) -> Manifest:
+def read_manifest(run: PlaceLike) -> Manifest:
     """Read a run's manifest; raise RunError where there is none, or one of another version,
     RunDamaged where it does not match its checksum."""
-    path = manifest_path(run)
+    run = place_of(run)
+    path = run / MANIFEST
     if not run.is_dir():
         raise RunError(
-            f"there is no run at {run}: no such {'prefix' if isinstance(run, ObjectPath) else 'directory'}. Check the "
+            f"there is no run at {run}: no such {run.folder_kind}. Check the "
             "path, or make one with `headwater extract --out`."
         )
     try:
@@ -298,20 +302,26 @@ def write_coordinate(
     return array_metadata(data.shape, data.dtype.name, data.shape, None, fill, (dim,), {})
 
 
-def check_target(run: Place) -> None:
+def check_target(run: PlaceLike) -> None:
     """Refuse a directory that is neither new, nor empty, nor ours, or lies in another run; nothing is touched."""
-    if isinstance(run, ObjectPath):
-        _check_prefix(run)
+    run = place_of(run)
+    if run.remote is not None:
+        _check_prefix(run.remote)
         return
-    if not manifest_path(run).exists():
-        _check_above(run)
+    assert run.local is not None
+    _check_directory(run.local)
+
+
+def _check_directory(run: Path) -> None:
+    if not (run / MANIFEST).exists():
+        _check_above(LocalPath(run))
     if not run.exists():
         return
     if not run.is_dir():
         raise RunError(
             f"--out {run} is a file; name a directory that does not exist yet, or a run to resume."
         )
-    if manifest_path(run).exists() or (run / INTERNAL / "unfinished").exists():
+    if (run / MANIFEST).exists() or (run / INTERNAL / "unfinished").exists():
         return
     ours = {
         INTERNAL,
@@ -336,20 +346,12 @@ def _check_above(run: Place) -> None:
 
     A folder there can mean something to that run: one named `00000001.9.gone` in its ledger takes a block out.
     """
-    for above in _places_above(run):
+    for above in run.above():
         name = above.name.removesuffix(".analysis")
         of = above.with_name(name) if name != above.name else above
         with suppress(OSError):  # who may write here need not be allowed to look there
             if _has_begun(of):
                 raise RunError(f"--out {run} lies in the run {of}. Name a place outside of it.")
-
-
-def _places_above(run: Place) -> list[Place]:
-    if not isinstance(run, ObjectPath):
-        return list(Path(os.path.realpath(run)).parents)
-    scheme, _, rest = str(run).partition("://")
-    bucket, *names = rest.split("/")
-    return [ObjectPath(f"{scheme}://{bucket}", "/".join(names[:i])) for i in range(len(names))]
 
 
 def _has_begun(run: Place) -> bool:
@@ -373,16 +375,17 @@ def _listed(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def settle(run: Place) -> None:
+def settle(run: PlaceLike) -> None:
     """Make durable what an earlier process may have left visible but not synced; the caller holds the lock."""
-    if isinstance(run, ObjectPath):
+    run = place_of(run)
+    if run.local is None:
         if manifest_path(run).is_file():
             (run / INTERNAL / "unfinished").unlink()
         return
-    internal = run / INTERNAL
+    internal = run.local / INTERNAL
     make_directories(internal / "tmp")
     make_directories(internal / "ledger")
-    for directory in (internal / "ledger", internal, run, run.absolute().parent):
+    for directory in (internal / "ledger", internal, run.local, run.local.absolute().parent):
         with suppress(PermissionError):
             sync_directory(directory)
     if manifest_path(run).exists():

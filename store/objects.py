@@ -11,14 +11,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath
 from random import random
-from typing import Any, BinaryIO, TypeVar
+from tempfile import NamedTemporaryFile
+from typing import Any, BinaryIO, Literal, TypeVar
 
+from headwater.store.files import FileState
 from headwater.store.versions import check_versions
+from headwater.store.writer import INTERNAL
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 PUT_BYTES = 64 << 20
@@ -35,11 +39,14 @@ RETRIES: dict[str, Any] = {
     "retry_timeout": timedelta(minutes=5),
 }
 ATTEMPTS = 10
+REQUESTS = 32
 NO_BUCKET = "{}: there is no such bucket"
 PAGE = 1000
 # Whether the store of a prefix has conditional writes, as it answered this process.
 _CONDITIONS: dict[tuple[str, int], bool] = {}
 T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class StoreError(OSError):
@@ -53,8 +60,11 @@ class BrokenAnswer(StoreError):
 class ObjectPath:
     """An object, or a prefix of objects, written like a path: `ObjectPath("s3://bucket/run") / "resid" / "zarr.json"`.
 
-    An object is written whole or not at all, and is durable when the call returns.
+    An object is written whole or not at all, and is durable when the call returns. See `headwater.store.place.Place`.
     """
+
+    folder_kind = "prefix"
+    local = None
 
     def __init__(self, root: str, key: str = "") -> None:
         self.root = root.rstrip("/")
@@ -78,6 +88,11 @@ class ObjectPath:
     def name(self) -> str:
         """The last part."""
         return str(self).rpartition("/")[2]
+
+    @property
+    def remote(self) -> ObjectPath:
+        """The path itself."""
+        return self
 
     def relative_to(self, other: ObjectPath) -> PurePosixPath:
         """Return the path inside a prefix."""
@@ -117,6 +132,11 @@ class ObjectPath:
         meta = _ask(self, lambda: _obstore().head(_store(self.root), self.key))
         return int(meta["size"]), meta["last_modified"].timestamp(), str(meta["e_tag"])
 
+    def state(self) -> FileState:
+        """Return the object's state."""
+        n_bytes, modified, tag = self.head()
+        return FileState(n_bytes, modified, f"{tag} {modified}")
+
     def read_bytes(self) -> bytes:
         """Return the whole object; raise FileNotFoundError without it."""
         return self.read_with_tag()[0]
@@ -133,6 +153,22 @@ class ObjectPath:
     def read_text(self) -> str:
         """Return the whole object as UTF-8 text."""
         return self.read_bytes().decode()
+
+    def read_range(self, first: int, n_bytes: int) -> bytes:
+        """Return a part of the object."""
+        return self.read_ranges([(first, n_bytes)])[0]
+
+    def read_all(self, names: Iterable[str]) -> Iterator[bytes | OSError]:
+        """Yield the bytes of objects under this prefix in order, or the error in their place; fetched side by side."""
+
+        def read(name: str) -> bytes | OSError:
+            try:
+                return (self / name).read_bytes()
+            except OSError as error:
+                return error
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            yield from pool.map(read, names)
 
     def read_ranges(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         """Return parts (offset, bytes) of the object; neighbours are fetched together."""
@@ -153,7 +189,7 @@ class ObjectPath:
             self, lambda: bytes(_obstore().get(_store(self.root), self.key, options=last).bytes())
         )
 
-    def open(self, mode: str = "rb") -> BinaryIO:
+    def open(self, mode: Literal["rb"] = "rb", /) -> BinaryIO:
         """Open the object for reading, with seeks."""
         reader = _ask(
             self,
@@ -168,12 +204,45 @@ class ObjectPath:
             yield from (ObjectPath(self.root, name) for name in page)
             after = page[-1]
 
+    def file_names(self) -> Iterator[str]:
+        """Yield the names of the objects directly under this prefix."""
+        yield from (name for name in self.names_below() if "/" not in name)
+
+    def names_below(self) -> Iterator[str]:
+        """Yield the names of all objects under this prefix."""
+        yield from (str(item.relative_to(self)) for item in self.iterdir())
+
     def folders(self) -> list[str]:
-        """List the names of the prefixes directly under this one, without what is in them."""
+        """List the names of the prefixes directly under this one, sorted; hidden ones are left out."""
         found = _ask(
             self, lambda: _obstore().list_with_delimiter(_store(self.root), self.key or None)
         )
-        return [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
+        names = [prefix.rpartition("/")[2] for prefix in found["common_prefixes"]]
+        return sorted(name for name in names if not name.startswith("."))
+
+    def each(self, call: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """Call a function for each item, side by side."""
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return list(pool.map(call, items))
+
+    def contains(self, other: object) -> bool:
+        """Say that it is so: an object store has no links that lead out of a prefix."""
+        return True
+
+    def above(self) -> Iterator[ObjectPath]:
+        """Yield the prefixes that this one lies in, from the bucket on."""
+        scheme, _, rest = str(self).partition("://")
+        bucket, *names = rest.split("/")
+        for i in range(len(names)):
+            yield ObjectPath(f"{scheme}://{bucket}", "/".join(names[:i]))
+
+    def free_bytes(self) -> None:
+        """Say that there is no end."""
+        return None
+
+    def quiet_mark(self) -> None:
+        """Say that none is sure."""
+        return None
 
     def touch(self) -> None:
         """Write an empty object."""
@@ -187,6 +256,22 @@ class ObjectPath:
     def write_bytes(self, data: bytes) -> None:
         """Write the object in one request."""
         _ask(self, lambda: _obstore().put(_store(self.root), self.key, data, use_multipart=False))
+
+    def write_whole(self, name: str, data: bytes) -> None:
+        """Write an object of this run."""
+        (self / name).write_bytes(data)
+
+    def create_whole(self, name: str, data: bytes) -> bool:
+        """Write an object of this run unless it exists; return whether this call made it."""
+        return (self / name).create(data)
+
+    @contextmanager
+    def writing(self) -> Iterator[BinaryIO]:
+        """Open a file for writing that is sent at the end."""
+        with NamedTemporaryFile(prefix="hw-object-") as file:
+            yield file  # type: ignore[misc]  # the wrapper has all methods of its file
+            file.flush()
+            self.put_file(Path(file.name))
 
     def put_file(self, source: Path) -> None:
         """Copy a file into the object, in one request up to 64 MiB, in parts beyond."""
@@ -270,14 +355,34 @@ class ObjectPath:
         if keys := [item.key for item in objects]:
             _ask(self, lambda: _obstore().delete(_store(self.root), keys))
 
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Delete objects under this prefix."""
+        self.delete([self / name for name in names])
+
+    def delete_tree(self) -> None:
+        """Delete all objects under this prefix."""
+        self.delete(list(self.iterdir()))
+
+    def clear_temporary(self) -> None:
+        """Delete what dead attempts left."""
+        (self / INTERNAL / "tmp").delete_tree()
+
     def absolute(self) -> ObjectPath:
         """Return the path itself."""
         return self
 
     resolve = absolute
 
-    def zarr_store(self, read_only: bool = True) -> Any:
-        """Return the prefix as a store for zarr and xarray; one client serves all prefixes of a run."""
+    def for_zarr(self, read_only: bool = True) -> Any:
+        """Return the prefix as a store for zarr and xarray; one client serves all prefixes of a run.
+
+        To write, the prefix is a root: zarr would make groups of the prefixes above, beside other runs.
+        """
+        if not read_only:
+            return ObjectPath(str(self))._zarr_store(read_only)
+        return self._zarr_store(read_only)
+
+    def _zarr_store(self, read_only: bool) -> Any:
         from zarr.storage import ObjectStore, StorePath
 
         store: Any = ObjectStore(_store(self.root), read_only=read_only)

@@ -1,43 +1,158 @@
-"""Where a run lies: a directory, or a prefix in an object store; and the few operations that differ between them."""
+"""Where a run lies: a directory or a prefix in an object store, asked the same way by those who use it."""
 
 from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, Literal, Protocol, TypeAlias, TypeVar
 from urllib.parse import unquote
 
-from headwater.store.files import create_durably, sync_directory, unique_name, write_durably
+from headwater.store.files import FileState
+from headwater.store.local import LocalPath
 from headwater.store.objects import SCHEMES, ObjectPath, is_url
-from headwater.store.writer import INTERNAL
 
-REQUESTS = 32
-QUIET_SECONDS = 3.0
 URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)(.*)", re.DOTALL)
-
-Place = Path | ObjectPath
 A = TypeVar("A")
 B = TypeVar("B")
+PlaceLike: TypeAlias = "str | os.PathLike[str] | Place"
 
 
-class FileState(NamedTuple):
-    """A file's bytes, the time of its last change in seconds, and a mark that differs for what is written anew."""
+class Place(Protocol):
+    """A run, or a file or folder of it: a LocalPath or an ObjectPath.
 
-    n_bytes: int
-    modified: float
-    mark: str
+    What both can do is asked of the place itself. What only a file system can (memory maps, renames, links) is done on
+    `local`, what only an object store can (conditional writes) on `remote`; of the two exactly one is not None.
+    """
+
+    @property
+    def local(self) -> Path | None:
+        """The path on this machine, None in an object store."""
+
+    @property
+    def remote(self) -> ObjectPath | None:
+        """The prefix in an object store, None on a file system."""
+
+    @property
+    def folder_kind(self) -> str:
+        """What a folder is called here: directory or prefix."""
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+
+    def __truediv__(self, name: str, /) -> Place:
+        """Return a place inside this one."""
+
+    def with_name(self, name: str, /) -> Place:
+        """Return a neighbour."""
+
+    def absolute(self) -> Place:
+        """Return the place as it is named everywhere."""
+
+    def resolve(self) -> Place:
+        """Return the place with its links followed."""
+
+    def exists(self) -> bool:
+        """Whether there is anything here."""
+
+    def is_file(self) -> bool:
+        """Whether there is a file of this name."""
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder here, or are objects under this prefix."""
+
+    def size(self) -> int:
+        """Return a file's bytes; raise FileNotFoundError without it."""
+
+    def state(self) -> FileState:
+        """Return a file's state; raise FileNotFoundError without it."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Open a file for reading."""
+
+    def read_bytes(self) -> bytes:
+        """Return the whole file; raise FileNotFoundError without it."""
+
+    def read_text(self) -> str:
+        """Return the whole file as text."""
+
+    def read_range(self, first: int, n_bytes: int) -> bytes:
+        """Return a part of the file."""
+
+    def read_all(self, names: Iterable[str]) -> Iterator[bytes | OSError]:
+        """Yield the bytes of many small files of this folder in order, or the error in their place."""
+
+    def write_bytes(self, data: bytes, /) -> object:
+        """Write a file that nobody reads yet."""
+
+    def write_whole(self, name: str, data: bytes) -> None:
+        """Write a file of this run whole or not at all, and durably."""
+
+    def create_whole(self, name: str, data: bytes) -> bool:
+        """Write a file of this run durably unless it exists; return whether this call made it."""
+
+    def writing(self) -> AbstractContextManager[BinaryIO]:
+        """Open a file for writing that is there, whole, once the context ends well; nothing is fsynced."""
+
+    def touch(self) -> None:
+        """Make an empty file."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Delete a file."""
+
+    def delete_all(self, names: Iterable[str]) -> None:
+        """Delete files of this folder durably; those that are gone already don't matter."""
+
+    def delete_tree(self) -> None:
+        """Delete the folder and all that is in it."""
+
+    def clear_temporary(self) -> None:
+        """Delete what dead attempts left in this run; whoever holds the lock may, since nobody else is writing."""
+
+    def quiet_mark(self) -> str | None:
+        """Return a mark of what the folder holds, the same until something is added or removed; None if unsure."""
+
+    def file_names(self) -> Iterator[str]:
+        """Yield the names of the files directly in the folder; nothing where there is no such folder."""
+
+    def names_below(self) -> Iterator[str]:
+        """Yield the names of all files in the folder, at any depth."""
+
+    def folders(self) -> list[str]:
+        """List the folders directly in this one, sorted; links and hidden ones are left out."""
+
+    def each(self, call: Callable[[A], B], items: Iterable[A]) -> list[B]:
+        """Call a function for each item; side by side where it asks an object store."""
+
+    def contains(self, other: Place) -> bool:
+        """Say whether a place lies under this one when all links are followed; an object store has none."""
+
+    def above(self) -> Iterator[Place]:
+        """Yield the places that this one lies in, from the nearest on."""
+
+    def free_bytes(self) -> int | None:
+        """Return the free bytes of the file system that will hold this; None where there is no end."""
+
+    def for_zarr(self, read_only: bool = True) -> Any:
+        """Return what zarr and xarray take to read, or write, a group here."""
 
 
-def place_of(text: str | os.PathLike[str] | ObjectPath) -> Place:
+def place_of(text: PlaceLike) -> Place:
     """Return the place that a text names: `s3://bucket/prefix` and the like, or a path; see `plain_place`."""
-    if isinstance(text, ObjectPath):
+    if isinstance(text, LocalPath | ObjectPath):
         return text
-    plain = plain_place(os.fspath(text))
-    return ObjectPath(plain) if is_url(plain) else Path(plain)
+    plain = plain_place(os.fspath(text))  # type: ignore[arg-type]  # every Place is one of the two
+    return ObjectPath(plain) if is_url(plain) else LocalPath(plain)
+
+
+def groups_in(folder: Place) -> list[str]:
+    """List the Zarr groups directly in a folder, sorted."""
+    names = folder.folders()
+    there = folder.each(lambda name: (folder / name / "zarr.json").is_file(), names)
+    return [name for name, is_group in zip(names, there, strict=True) if is_group]
 
 
 def plain_place(text: str) -> str:
@@ -67,156 +182,3 @@ def plain_place(text: str) -> str:
             f"{', '.join(f'{name}://' for name in SCHEMES)} with both slashes. Name another place."
         )
     return text
-
-
-def write_whole(run: Place, name: str, data: bytes) -> None:
-    """Write a file of a run whole or not at all, and durably."""
-    if isinstance(run, ObjectPath):
-        (run / name).write_bytes(data)
-    else:
-        write_durably(run / name, data, _temporary(run, name))
-
-
-def create_whole(run: Place, name: str, data: bytes) -> bool:
-    """Write a file of a run durably unless it exists; return whether this call made it."""
-    if isinstance(run, ObjectPath):
-        return (run / name).create(data)
-    return create_durably(run / name, data, _temporary(run, name))
-
-
-def quiet_mark(folder: Place) -> str | None:
-    """Return a mark of what a folder holds, the same as long as nothing is added or removed; None where none is sure.
-
-    A folder that was changed a moment ago may be changed again within the same tick of its clock.
-    """
-    if isinstance(folder, ObjectPath):
-        return None
-    try:
-        handle = os.open(
-            folder, os.O_RDONLY | os.O_DIRECTORY
-        )  # a network file system asks again at each open
-    except FileNotFoundError:
-        return ""
-    try:
-        stat = os.fstat(handle)
-    finally:
-        os.close(handle)
-    return (
-        f"{stat.st_ino} {stat.st_mtime_ns}" if time.time() - stat.st_mtime > QUIET_SECONDS else None
-    )
-
-
-def names_in(folder: Place) -> Iterator[str]:
-    """Yield the names directly in a folder of a run; nothing where there is no such folder."""
-    if isinstance(folder, ObjectPath):
-        inside = (str(item.relative_to(folder)) for item in folder.iterdir())
-        yield from (name for name in inside if "/" not in name)
-    elif folder.is_dir():
-        with os.scandir(folder) as items:
-            for item in items:
-                yield item.name
-
-
-def file_names(folder: Place) -> Iterator[str]:
-    """Yield the names of the files directly in a folder of a run: what is a folder or a link is nobody's entry."""
-    if isinstance(folder, ObjectPath):
-        yield from names_in(folder)
-    elif folder.is_dir():
-        with os.scandir(folder) as items:
-            for item in items:
-                if item.is_file(follow_symlinks=False):
-                    yield item.name
-
-
-def folders_in(folder: Place) -> list[str]:
-    """List the folders directly in a folder, sorted; links and hidden ones are left out."""
-    if isinstance(folder, ObjectPath):
-        names = folder.folders()
-    else:
-        try:
-            with os.scandir(folder) as items:
-                names = [item.name for item in items if item.is_dir(follow_symlinks=False)]
-        except OSError:
-            return []
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def groups_in(folder: Place) -> list[str]:
-    """List the Zarr groups directly in a folder, sorted."""
-    names = folders_in(folder)
-    there = each(folder, lambda name: (folder / name / "zarr.json").is_file(), names)
-    return [name for name, is_group in zip(names, there, strict=True) if is_group]
-
-
-def each(place: Place, call: Callable[[A], B], items: Iterable[A]) -> list[B]:
-    """Call a function for each item; side by side where it asks an object store."""
-    if not isinstance(place, ObjectPath):
-        return list(map(call, items))
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(call, items))
-
-
-def read_all(paths: Iterable[Place]) -> Iterator[bytes | OSError]:
-    """Yield the bytes of many small files in order, or the error in their place; objects are fetched side by side."""
-    listed = list(paths)
-    if listed and isinstance(listed[0], ObjectPath):
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            yield from pool.map(_read, listed)
-    else:
-        yield from map(_read, listed)
-
-
-def delete_all(folder: Place, names: Iterable[str]) -> None:
-    """Delete files of one folder durably; those that are gone already don't matter."""
-    if isinstance(folder, ObjectPath):
-        folder.delete([folder / name for name in names])
-        return
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir():
-        sync_directory(folder)
-
-
-def clear_temporary(run: Place) -> None:
-    """Delete what dead attempts left; whoever holds the lock may do this, since nobody else is writing."""
-    if isinstance(run, ObjectPath):
-        run.delete([item for item in (run / INTERNAL / "tmp").iterdir()])
-        return
-    for item in os.scandir(run / INTERNAL / "tmp"):
-        if item.is_file():
-            os.unlink(item.path)
-
-
-def size_of(path: Place) -> int:
-    """Return a file's bytes; raise FileNotFoundError without it."""
-    return path.size() if isinstance(path, ObjectPath) else path.stat().st_size
-
-
-def state_of(path: Place) -> FileState:
-    """Return a file's state; raise FileNotFoundError without it."""
-    if isinstance(path, ObjectPath):
-        n_bytes, modified, tag = path.head()
-        return FileState(n_bytes, modified, f"{tag} {modified}")
-    stat = path.stat()
-    return FileState(stat.st_size, stat.st_mtime, f"{stat.st_ino} {stat.st_mtime_ns}")
-
-
-def open_place(path: Place) -> BinaryIO:
-    """Open a file of a run for reading."""
-    return path.open("rb")
-
-
-def for_zarr(path: Place) -> Any:
-    """Return what zarr and xarray take to read a place."""
-    return path.zarr_store() if isinstance(path, ObjectPath) else path
-
-
-def _read(path: Place) -> bytes | OSError:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return error
-
-
-def _temporary(run: Path, name: str) -> Path:
-    return run / INTERNAL / "tmp" / unique_name(name.rpartition("/")[2])

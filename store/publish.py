@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from headwater.store.layout import ArraySpec
 from headwater.store.manifest import Manifest, manifest_path
 from headwater.store.objects import ObjectPath
-from headwater.store.place import REQUESTS, Place
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.scratch import scratch_folder
 from headwater.store.writer import INTERNAL, BlockWriter
 
@@ -22,8 +21,7 @@ def publish(made: Path, run: ObjectPath, manifest: Manifest) -> None:
     clear_unpublished(run)
     names = list(manifest.statics)
     (run / INTERNAL / "unfinished").write_bytes("".join(f"{name}\n" for name in names).encode())
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        list(pool.map(lambda name: (run / name).put_file(made / name), names))
+    run.each(lambda name: (run / name).put_file(made / name), names)
     (run / INTERNAL / "manifest.json").put_file(made / INTERNAL / "manifest.json")
     (run / INTERNAL / "unfinished").unlink()
 
@@ -37,22 +35,24 @@ def clear_unpublished(run: ObjectPath) -> None:
 
 @contextmanager
 def open_writer(
-    run: Place, specs: Sequence[ArraySpec], block: int, n_threads: int = 1
+    run: PlaceLike, specs: Sequence[ArraySpec], block: int, n_threads: int = 1
 ) -> Iterator[BlockWriter]:
     """Open a writer for a run: into its directory, or through a scratch directory into an object store.
 
     `n_threads` write into a directory; UPLOADS threads into a store.
     """
+    run = place_of(run)
     with ExitStack() as stack:
-        if isinstance(run, ObjectPath):
+        if (prefix := run.remote) is not None:
             folder = stack.enter_context(scratch_folder("hw-shards-"))
 
             def send(finished: Path, path: str) -> None:
-                (run / path).put_file(finished)
+                (prefix / path).put_file(finished)
                 finished.unlink()
 
             writer = BlockWriter(folder, specs, block, n_threads=UPLOADS, sink=send)
         else:
-            writer = BlockWriter(run, specs, block, n_threads)
+            assert run.local is not None
+            writer = BlockWriter(run.local, specs, block, n_threads)
         stack.callback(writer.close)
         yield writer

@@ -24,11 +24,10 @@ from headwater.store.chunked import ChunkedArray, ChunkPlace
 from headwater.store.layout import CODECS, ArraySpec
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.manifest import Manifest, RunError, read_manifest
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, for_zarr, place_of, size_of
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.plain import CompleteArray, SmallArray
 from headwater.store.shard import CRC_BYTES, MISSING, checksum_of
-from headwater.store.shard_file import ShardFile, open_shard, version_of
+from headwater.store.shard_file import ShardFile, open_shard, version_at
 
 OPEN_SHARDS = 64
 OPEN_ARRAYS = 64
@@ -36,7 +35,7 @@ KNOWN_ENTRIES = 64
 FETCHES = 8
 
 
-def open_run(path: str | os.PathLike[str] | ObjectPath, checked: bool = True) -> Run:
+def open_run(path: PlaceLike, checked: bool = True) -> Run:
     """Open a run for reading, whole or half done; raise RunError where there is none.
 
     Without `checked`, captured values are read as they lie on the disk, and damage to them is not noticed.
@@ -52,11 +51,11 @@ class Run:
     `"resid" in run`, `list(run)` and `len(run)` are about the captured arrays.
     """
 
-    def __init__(self, path: Place, checked: bool = True) -> None:
-        self.path = path
+    def __init__(self, path: PlaceLike, checked: bool = True) -> None:
+        self.path = place_of(path)
         self.checked = checked
-        self.manifest: Manifest = read_manifest(path)
-        self.ledger = Ledger(path, self.manifest.fingerprint)
+        self.manifest: Manifest = read_manifest(self.path)
+        self.ledger = Ledger(self.path, self.manifest.fingerprint)
         self._specs = {spec.name: spec for spec in self.manifest.arrays}
         self._lock = threading.Lock()
         self._shards: OrderedDict[str, ShardFile] = OrderedDict()
@@ -152,14 +151,15 @@ class Run:
 
     def fetch_ahead(self, name: str, lead: int, first: int, last: int) -> None:
         """Ask the system to read the shards with sequences [first, last) at a lead, without waiting; on disk only."""
-        if isinstance(self.path, ObjectPath) or not hasattr(os, "posix_fadvise"):
+        here = self.path.local
+        if here is None or not hasattr(os, "posix_fadvise"):
             return
         spec = self.spec(name)
         place = lead // spec.layers_per_shard if spec.axis else 0
         for group in range(first // spec.sequences_per_shard, -(-last // spec.sequences_per_shard)):
             try:
                 file = os.open(
-                    str(self.path / spec.shard_path(place, group)), os.O_RDONLY | os.O_CLOEXEC
+                    str(here / spec.shard_path(place, group)), os.O_RDONLY | os.O_CLOEXEC
                 )
             except FileNotFoundError:
                 continue
@@ -172,7 +172,7 @@ class Run:
         """Open the run as an xarray dataset; values are read when they are used."""
         import xarray
 
-        return xarray.open_zarr(for_zarr(self.path), chunks=None, zarr_format=3)
+        return xarray.open_zarr(self.path.for_zarr(), chunks=None, zarr_format=3)
 
     def _open_small(self, name: str) -> ChunkedArray:
         """Open one of the small arrays."""
@@ -234,7 +234,7 @@ class Run:
 
     def _opened(self, path: str, n_chunks: int) -> ShardFile:
         """Return a shard that is open, as long as it is the file of that name; raise FileNotFoundError without one."""
-        there = None if isinstance(self.path, ObjectPath) else version_of(os.stat(self.path / path))
+        there = version_at(self.path / path)
         with self._lock:
             shard = self._shards.get(path)
             if shard is not None and shard.version == there:
@@ -243,7 +243,7 @@ class Run:
         try:
             shard = open_shard(self.path / path, n_chunks)
         except ValueError as error:
-            what = "is empty" if size_of(self.path / path) == 0 else str(error)
+            what = "is empty" if (self.path / path).size() == 0 else str(error)
             raise self.damaged(path, what) from error
         with self._lock:
             self._shards[path] = shard
@@ -289,7 +289,7 @@ class RunArray(ChunkedArray):
         groups: dict[tuple[int, int], list[ChunkPlace]] = {}
         for place in places:
             groups.setdefault(self._shard_of(place), []).append(place)
-        if isinstance(self._run.path, ObjectPath) and len(groups) > 1:
+        if self._run.path.remote is not None and len(groups) > 1:
             with ThreadPoolExecutor(FETCHES) as pool:
                 for found in pool.map(self._read_shard, groups, groups.values()):
                     yield from found

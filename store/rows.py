@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from headwater.store.layout import CODECS
-from headwater.store.objects import ObjectPath
 from headwater.store.reader import Run, chunk_is_damaged
 from headwater.store.shard import MISSING, PAGE, page_buffer, round_up
 from headwater.store.shard_file import Checks, Version, version_of
@@ -41,7 +40,7 @@ class RowReader:
     def __init__(self, run: Run, name: str, direct: bool = False) -> None:
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._run, self._array, self._spec = run, run[name], run.spec(name)
-        self._plain = CODECS[self._spec.codec] is None and not isinstance(run.path, ObjectPath)
+        self._plain = CODECS[self._spec.codec] is None and run.path.local is not None
         self._row_bytes = int(np.prod(self._spec.chunk[3:])) * self._array.dtype.itemsize
         self._shards: dict[tuple[int, int], _Shard] = {}
         self._files: dict[tuple[str, Version | None], int] = {}

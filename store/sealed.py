@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 
 import google_crc32c
 
 from headwater.store.files import json_sum, to_json
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, folders_in, read_all
+from headwater.store.place import Place
 from headwater.store.raw import check_files
 
 SUMS = "sums.json"
@@ -26,7 +24,7 @@ def seal(folder: Place) -> None:
     """Write the lengths and checksums of all files of a folder into its SUMS."""
     names = sorted(_names(folder))
     sums = {}
-    for name, data in zip(names, read_all(folder / name for name in names), strict=True):
+    for name, data in zip(names, folder.read_all(names), strict=True):
         if isinstance(data, OSError):
             raise data
         sums[name] = [len(data), int(google_crc32c.value(data))]
@@ -46,7 +44,7 @@ def broken_files(folder: Place) -> Iterator[tuple[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError):
         yield SUMS, "does not match its checksum"
         return
-    for name, data in zip(sums, read_all(folder / name for name in sums), strict=True):
+    for name, data in zip(sums, folder.read_all(sums), strict=True):
         if isinstance(data, FileNotFoundError):
             yield name, "is missing"
         elif isinstance(data, OSError):
@@ -58,22 +56,15 @@ def broken_files(folder: Place) -> Iterator[tuple[str, str]]:
 def broken_results(run: Place) -> Iterator[tuple[str, str, str]]:
     """Yield result, file and what is wrong of the results beside a run."""
     folder = results_folder(run)
-    for name in folders_in(folder):
+    for name in folder.folders():
         for file, what in broken_files(folder / name):
             yield name, file, what
 
 
 def delete_folder(folder: Place) -> None:
     """Delete a result."""
-    if isinstance(folder, ObjectPath):
-        folder.delete(list(folder.iterdir()))
-    else:
-        shutil.rmtree(folder)
+    folder.delete_tree()
 
 
 def _names(folder: Place) -> Iterator[str]:
-    if isinstance(folder, ObjectPath):
-        found = [str(item.relative_to(folder)) for item in folder.iterdir()]
-    else:
-        found = [str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file()]
-    yield from (name for name in found if name != SUMS)
+    yield from (name for name in folder.names_below() if name != SUMS)

@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from headwater.store.entry import ADVICE, Entry, LedgerError, mark_of
-from headwater.store.place import Place, file_names, read_all, write_whole
+from headwater.store.place import PlaceLike, place_of
 from headwater.store.writer import INTERNAL
 
 FOLDER = f"{INTERNAL}/segments"
@@ -33,24 +33,24 @@ class Columns:
 class Segments:
     """The segments of one run; what was read of one is kept, since it cannot change."""
 
-    def __init__(self, run: Place, fingerprint: str) -> None:
-        self._run = run
+    def __init__(self, run: PlaceLike, fingerprint: str) -> None:
+        self._run = place_of(run)
         self._fingerprint = fingerprint
         self._known: dict[str, Columns] = {}
         self._kept = lru_cache(KEPT_TABLES)(self._whole)
 
     def names(self) -> list[str]:
         """List the segments, the oldest first."""
-        return sorted(name for name in file_names(self._run / FOLDER) if _parse(name) is not None)
+        return sorted(
+            name for name in (self._run / FOLDER).file_names() if _parse(name) is not None
+        )
 
     def columns(self) -> tuple[list[Columns], list[LedgerError]]:
         """Return what the segments say of blocks, and the errors of those that cannot be trusted."""
         found = self.names()
         errors = list[LedgerError]()
         new = [name for name in found if name not in self._known]
-        for name, data in zip(
-            new, read_all(self._run / FOLDER / name for name in new), strict=True
-        ):
+        for name, data in zip(new, (self._run / FOLDER).read_all(new), strict=True):
             try:
                 table = self._table(name, data, ["block", "attempt", "gone"])
             except LedgerError as error:
@@ -83,12 +83,12 @@ class Segments:
             yield block, attempt, mark_of(attempt, files[ends[i] : ends[i + 1]])
 
     def _whole(self, name: str) -> Any:
-        (data,) = read_all([self._run / FOLDER / name])
+        (data,) = (self._run / FOLDER).read_all([name])
         return self._table(name, data)
 
     def makers(self, name: str) -> Iterator[tuple[int, int, dict[str, str]]]:
         """Yield block, attempt and what made it of a segment's entries, without reading anything else of them."""
-        (data,) = read_all([self._run / FOLDER / name])
+        (data,) = (self._run / FOLDER).read_all([name])
         table = self._table(name, data, ["block", "attempt"], "made_by")
         if "made_by" not in table.column_names:  # older segments do not say
             return
@@ -109,7 +109,7 @@ class Segments:
         data = sink.getvalue()
         number = max((_parse(name) or 0 for name in self.names()), default=0) + 1
         name = f"{number:08d}.{int(google_crc32c.value(data)):08x}.parquet"
-        write_whole(self._run, f"{FOLDER}/{name}", data)
+        self._run.write_whole(f"{FOLDER}/{name}", data)
         return name
 
     def _table(

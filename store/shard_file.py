@@ -146,8 +146,14 @@ def version_of(stat: os.stat_result) -> Version:
     return Version(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
+def version_at(path: Place) -> Version | None:
+    """Return the version of a shard; None in an object store, which is asked anew for every read."""
+    return None if path.local is None else version_of(os.stat(path.local))
+
+
 def open_shard(path: Place, n_chunks: int) -> ShardFile:
     """Open a shard; raise FileNotFoundError without it, ValueError for one that is damaged."""
-    return (
-        ObjectShard(path, n_chunks) if isinstance(path, ObjectPath) else MappedShard(path, n_chunks)
-    )
+    if path.remote is not None:
+        return ObjectShard(path.remote, n_chunks)
+    assert path.local is not None
+    return MappedShard(path.local, n_chunks)

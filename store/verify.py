@@ -12,7 +12,7 @@ from typing import BinaryIO
 import google_crc32c
 
 from headwater.store.ledger import Damage, Entry, Ledger
-from headwater.store.place import Place, delete_all, open_place, size_of
+from headwater.store.place import Place, PlaceLike, place_of
 from headwater.store.reader import Run
 from headwater.store.sealed import broken_results, delete_folder, results_folder
 from headwater.store.segments import FOLDER as SEGMENTS
@@ -126,10 +126,10 @@ def repair(run: Run, report: Report) -> list[int]:
     return blocks
 
 
-def take_out(run: Place, ledger: Ledger, blocks: list[int]) -> None:
+def take_out(run: PlaceLike, ledger: Ledger, blocks: list[int]) -> None:
     """Uncommit blocks; `complete` says so first."""
     if blocks:
-        delete_all(run / "complete" / "c", map(str, blocks))
+        (place_of(run) / "complete" / "c").delete_all(map(str, blocks))
         ledger.remove(*blocks)
 
 
@@ -163,10 +163,10 @@ def _check_file(
 ) -> str | None:
     """Return what is wrong with a file, or None; `n_chunks` is 0 for what is no shard."""
     try:
-        found = size_of(path)
+        found = path.size()
         if found != size:
             return f"has {found} bytes, expected {size}"
-        with open_place(path) as file:
+        with path.open("rb") as file:
             if quick and n_chunks:
                 file.seek(size - 16 * n_chunks - CRC_BYTES)
                 decode_index(file.read(), n_chunks)

@@ -9,19 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-import tempfile
 import time
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from headwater.analysis.engine.reducer import State
-from headwater.store.files import unique_name
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, open_place
+from headwater.store.place import Place
 
 IDENTITY = "identity"
 SENDING = 10
@@ -45,7 +40,7 @@ class Checkpoint:
         nodes: Nodes = {}
         try:
             with (
-                open_place(self._path(at)) as file,
+                self._path(at).open("rb") as file,
                 np.load(file, allow_pickle=False) as data,
             ):
                 if str(data[IDENTITY]) != self._identity(at):
@@ -77,28 +72,20 @@ class Checkpoint:
                 arrays |= {f"{level}|{index}|{i}|{name}": value for name, value in state.items()}
         path = self._path(at)
         start = time.perf_counter()
-        if isinstance(path, ObjectPath):
-            with tempfile.NamedTemporaryFile(prefix="hw-states-") as file:
-                _write(file, arrays)
-                path.put_file(Path(file.name))
+        with path.writing() as file:
+            _write(file, arrays)
+        if path.remote is not None:
             # What is kept can have gigabytes: a scan does not spend more than a tenth of its time on sending it.
             self.seconds = max(self.seconds, SENDING * (time.perf_counter() - start))
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(unique_name(path.stem))
-            with temporary.open("wb") as file:
-                _write(file, arrays)
-            temporary.replace(path)
         self._saved = time.perf_counter()
 
     def clear(self) -> None:
         """Delete what is kept: the request is answered."""
-        if isinstance(self.folder, ObjectPath):
-            self.folder.delete(self.folder.iterdir())
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.folder.parent.rmdir()
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.delete_tree()
+        if self.folder.local is not None:
+            with contextlib.suppress(OSError):
+                self.folder.local.parent.rmdir()
 
     def _identity(self, at: str) -> str:
         """Return what the file of a pass says of itself, so that another's is not taken for it."""

@@ -31,7 +31,7 @@ from headwater.store.manifest import (
     write_metadata,
     write_static,
 )
-from headwater.store.place import clear_temporary
+from headwater.store.place import place_of
 from headwater.store.reader import Run, open_run
 from headwater.store.shard import crc32c
 from headwater.store.verify import take_out
@@ -160,7 +160,7 @@ def _compute(
     take_out(out, ledger, stale)
     missing = [block for block in blocks if block not in done or block in stale]
     _check_room(out, spec.stored_bytes(len(missing) * m.block))
-    clear_temporary(out)
+    place_of(out).clear_temporary()
     progress = ScanProgress(1, len(blocks), len(blocks) - len(missing))
     writer = BlockWriter(out, (spec,), m.block)
     try:

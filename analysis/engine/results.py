@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from headwater.store.entry import digest_of
-from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, for_zarr, groups_in, place_of
+from headwater.store.local import LocalPath
+from headwater.store.place import Place, PlaceLike, groups_in, place_of
 from headwater.store.reader import Run, open_run
 from headwater.store.sealed import broken_files, results_folder, seal
 
@@ -65,12 +65,12 @@ def _mark(result: Any) -> tuple[str, Any]:
     return name, result.attrs.get(name)
 
 
-def analysis_path(run: Run | str | Place, name: str) -> Place:
+def analysis_path(run: Run | PlaceLike, name: str) -> Place:
     """Return where an analysis of a run is kept: `RUN.analysis/<name>`."""
     return analysis_folder(run) / name
 
 
-def analysis_folder(run: Run | str | Place) -> Place:
+def analysis_folder(run: Run | PlaceLike) -> Place:
     """Return the folder of a run's results, `RUN.analysis`."""
     return results_folder(run.path if isinstance(run, Run) else place_of(run))
 
@@ -141,15 +141,18 @@ def save(run: Run | str | Place, dataset: Any) -> Place:
     return save_at(analysis_path(run, dataset.attrs["analysis"]), dataset)
 
 
-def save_at(target: Place, dataset: Any) -> Place:
+def save_at(target: PlaceLike, dataset: Any) -> Place:
     """Write a result as a Zarr group at a path with its checksums, in place of an older one; return the path."""
-    if isinstance(target, ObjectPath):
-        alone = ObjectPath(
-            str(target)
-        )  # zarr would make groups of the prefixes above, beside other runs
-        _write(dataset, alone.zarr_store(read_only=False))
+    target = place_of(target)
+    if target.local is None:
+        _write(dataset, target.for_zarr(read_only=False))
         seal(target)
-        return target
+    else:
+        _save_here(LocalPath(target.local), dataset)
+    return target
+
+
+def _save_here(target: LocalPath, dataset: Any) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name}.{what}.{os.getpid()}") for what in ("new", "old"))
     with _alone_in(target.parent) as alone_here:
@@ -165,7 +168,6 @@ def save_at(target: Place, dataset: Any) -> Place:
         finally:
             shutil.rmtree(new, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def set_aside(run: Run | str | Place, names: Sequence[str], request: str) -> list[Path]:
@@ -180,19 +182,19 @@ def set_aside(run: Run | str | Place, names: Sequence[str], request: str) -> lis
     for path in (analysis_path(run, name) for name in names):
         if not (path / "zarr.json").is_file():
             continue
-        attributes = xarray.open_zarr(for_zarr(path), chunks=None, zarr_format=3).attrs
+        attributes = xarray.open_zarr(path.for_zarr(), chunks=None, zarr_format=3).attrs
         kept = str(attributes.get("request", ""))
         kept = kept if REQUEST.fullmatch(kept) else "earlier"
         if kept == request:
             continue
-        if isinstance(path, ObjectPath):
+        if path.local is None:
             raise ValueError(
                 f"{path} holds results of other settings. Name another place with --out, or delete it."
             )
-        target = path.with_name(f"{path.name}@{kept}")
+        target = path.local.with_name(f"{path.name}@{kept}")
         if target.exists():
             shutil.rmtree(target)
-        moved.append(path.rename(target))
+        moved.append(path.local.rename(target))
     return moved
 
 
@@ -221,7 +223,7 @@ def _write(dataset: Any, store: Any) -> None:
         dataset.to_zarr(store, mode="w", zarr_format=3, consolidated=True)
 
 
-def load(run: Run | str | Path, name: str) -> Any:
+def load(run: Run | PlaceLike, name: str) -> Any:
     """Open a saved result; raise FileNotFoundError with how to make it, ValueError for one that cannot be trusted.
 
     Its files are compared with their checksums, and the blocks that it was computed from with those that the run holds.
@@ -238,7 +240,7 @@ def load(run: Run | str | Path, name: str) -> Any:
         raise ValueError(
             f"{path / file} {what}. Make the result anew with `headwater analyze {where} {name} --again`."
         )
-    found = xarray.open_zarr(for_zarr(path), chunks=None, zarr_format=3)
+    found = xarray.open_zarr(path.for_zarr(), chunks=None, zarr_format=3)
     if found.attrs.get("analysis") != name.partition("@")[0]:
         raise ValueError(
             f"{path} holds the result of {str(found.attrs.get('analysis'))[:60]!r}. Make it anew with `headwater "

@@ -24,7 +24,6 @@ from headwater.extractor.model.weights import Checkpoint
 from headwater.extractor.request import RunConfig
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.manifest import Manifest
-from headwater.store.objects import ObjectPath
 from headwater.store.place import Place
 from headwater.store.writer import INTERNAL
 
@@ -133,7 +132,7 @@ class RayPool:
         elif outcome.cause is not None:
             said = f"{last_line(outcome.cause)} (on {outcome.worker})"
             if isinstance(outcome.cause, OSError) and outcome.cause.errno in NO_ROOM:
-                if not isinstance(self._run, ObjectPath):
+                if self._run.local is not None:
                     raise outcome.cause  # the disk of the run is every worker's
                 where = f"the temporary directory of {outcome.worker} is full ({outcome.cause})"
                 others = self._seats.retire(outcome.worker, where)

@@ -18,7 +18,7 @@ import safetensors.torch
 
 from headwater.extractor.model.weights import Checkpoint, CheckpointError, ModelConfig
 from headwater.store.objects import ObjectPath
-from headwater.store.place import Place, open_place
+from headwater.store.place import Place
 from headwater.store.writer import INTERNAL
 
 
@@ -32,15 +32,21 @@ def published(run: Place, checkpoint: Checkpoint, shared: bool) -> Iterator[str]
     """
     name = f"weights-{checkpoint.digest[:16]}-{uuid.uuid4().hex}.safetensors"
     target = run / INTERNAL / "tmp" / name
-    if isinstance(target, ObjectPath):
-        with _published_object(target, checkpoint, shared):
+    if target.remote is not None:
+        with _published_object(target.remote, checkpoint, shared):
             yield name
-        return
+    elif target.local is not None:
+        with _published_file(target.local, checkpoint):
+            yield name
+
+
+@contextmanager
+def _published_file(target: Path, checkpoint: Checkpoint) -> Iterator[None]:
     temporary = target.with_suffix(".part")
     try:
         _save(checkpoint, temporary)
         os.replace(temporary, target)
-        yield name
+        yield
     finally:
         temporary.unlink(missing_ok=True)
         target.unlink(missing_ok=True)
@@ -76,8 +82,8 @@ def load(run: Place, name: str, digest: str, shared: bool) -> Checkpoint:
     CheckpointError where the run has no weights.
     """
     source = run / INTERNAL / "tmp" / name
-    if shared and isinstance(source, Path):
-        return _mapped(source, digest)
+    if shared and source.local is not None:
+        return _mapped(source.local, digest)
     with _locked_folder() as folder:
         return _mapped(_local_copy(source, folder / f"{digest}.safetensors"), digest)
 
@@ -107,7 +113,7 @@ def _local_copy(source: Place, local: Path) -> Path:
     if not local.exists() and source.exists():
         _clear(local.parent)
         temporary = local.with_suffix(".safetensors.part")
-        with open_place(source) as read, open(temporary, "wb") as write:
+        with source.open("rb") as read, open(temporary, "wb") as write:
             shutil.copyfileobj(read, write, 1 << 24)
             write.flush()
             os.fsync(write.fileno())

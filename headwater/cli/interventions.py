@@ -95,8 +95,8 @@ def _report(options: Any, request: Intervention, found: Sequence[Any]) -> int:
         print(f"  kept in {path}")
     for file in figures:
         print(f"drew {file}")
-    for path in aside:
-        print(f"earlier results of other settings are kept in {path}")
+    for other in aside:
+        print(f"earlier results of other settings are kept in {other}")
     return DONE
 
 

@@ -234,7 +234,6 @@ def _print_workers(workers: dict[str, dict[str, Any]]) -> None:
 
 def run_info(options: Any) -> int:
     """Describe a run and say how to open it."""
-    from headwater.store.objects import ObjectPath
     from headwater.store.reader import open_run
 
     run = open_run(options.run)
@@ -271,7 +270,7 @@ def run_info(options: Any) -> int:
     _print_mixed(run)
     for spec in m.arrays:
         print(array_line(spec, spec.stored_bytes(m.n_sequences)))
-    if isinstance(run.path, ObjectPath):
+    if run.path.local is None:
         print(
             f"open it  import headwater\n         run = headwater.open_run({str(run.path)!r}).to_xarray()"
         )

@@ -15,9 +15,10 @@ import numpy as np
 from headwater.service.places import NotHereError, inside, public
 from headwater.service.settings import Settings
 from headwater.store.entry import Entry, LedgerError
+from headwater.store.files import FileState
 from headwater.store.manifest import RunDamaged, RunError, manifest_path
-from headwater.store.objects import ObjectPath, StoreError
-from headwater.store.place import FileState, Place, each, folders_in, groups_in, state_of
+from headwater.store.objects import StoreError
+from headwater.store.place import Place, groups_in
 from headwater.store.reader import Run, open_run
 from headwater.store.verify import verify
 from headwater.store.writer import INTERNAL
@@ -90,9 +91,9 @@ class Catalog:
         return sorted(islice(self._walk(self.root, ""), self.limits.runs))
 
     def _walk(self, folder: Place, above: str) -> Iterator[str]:
-        names = folders_in(folder)
+        names = folder.folders()
         for name, is_run in zip(
-            names, each(folder, lambda name: _is_run(folder / name), names), strict=True
+            names, folder.each(lambda name: _is_run(folder / name), names), strict=True
         ):
             deeper = above.count("/") + 1 < LISTED_DEPTH and not name.endswith(".analysis")
             if is_run:
@@ -102,7 +103,7 @@ class Catalog:
 
     def summaries(self) -> list[dict[str, Any]]:
         """Describe every run in a few values."""
-        return each(self.root, self.summary, self.names())
+        return self.root.each(self.summary, self.names())
 
     def open(self, name: str) -> Run:
         """Return a run, opened once; raise NotHereError where there is none.
@@ -122,7 +123,7 @@ class Catalog:
     def _open(self, name: str) -> Opened:
         path = inside(self.root, name)
         try:
-            state = state_of(manifest_path(path))
+            state = manifest_path(path).state()
         except StoreError:
             raise
         except OSError:
@@ -198,7 +199,7 @@ class Catalog:
             "text_digest": m.text["digest"],
             "coordinates": {d: run.leads(s.name) for s in m.arrays if (d := s.axis) is not None}
             | ({} if (heads := run.coordinate("head")) is None else {"head": heads.tolist()}),
-            "labels": [label for label in folders_in(run.path) if label.startswith("label_")],
+            "labels": [label for label in run.path.folders() if label.startswith("label_")],
             "tokenizer": "tokenizer.json" in m.statics,
             "analyses": self.analyses(name),
             "incomplete": missing_ranges(run),
@@ -214,7 +215,7 @@ class Catalog:
         In an object store, where every file costs requests, a run is checked when it is done.
         """
         at, found = self._damage.get(name, (-1, None))
-        due = done or not isinstance(self.root, ObjectPath)
+        due = done or self.root.local is not None
         if at != committed and due and name not in self._waiting:
             self._damage[name] = (committed, found or {})
             self._waiting.add(name)
@@ -232,9 +233,7 @@ class Catalog:
             self._waiting.discard(name)
             try:
                 run = self.open(name)
-                report = verify(
-                    run, quick=True, workers=CHECKS if isinstance(self.root, ObjectPath) else 1
-                )
+                report = verify(run, quick=True, workers=1 if self.root.remote is None else CHECKS)
                 problems = [
                     {"path": p.path, "what": public(p.what, self.root)} for p in report.problems
                 ]

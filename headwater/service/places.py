@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from headwater.service.settings import Settings
-from headwater.store.objects import ObjectPath
 from headwater.store.place import Place
 
 PART = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
@@ -35,12 +34,7 @@ def inside(root: Place, name: str) -> Place:
 
 def stays_in(root: Place, path: Place) -> bool:
     """Say whether a path lies under a root when all links are followed; an object store has none."""
-    if isinstance(root, ObjectPath) or isinstance(path, ObjectPath):
-        return True
-    try:
-        return path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):
-        return False
+    return root.contains(path)
 
 
 def out_path(settings: Settings, name: object) -> str:

@@ -22,7 +22,6 @@ from headwater.service.jobs.scheduler import Executor
 from headwater.service.jobs.table import JobQueue
 from headwater.service.routes import make_app
 from headwater.service.settings import Settings
-from headwater.store.objects import ObjectPath
 from headwater.store.place import Place
 
 BACKLOG = 2000
@@ -108,7 +107,7 @@ def threads_for(root: Place) -> int:
 
     Where they compute, more threads than processors only take turns, and take them from the thread that answers.
     """
-    return STORE_THREADS if isinstance(root, ObjectPath) else (os.cpu_count() or 1) + 2
+    return (os.cpu_count() or 1) + 2 if root.remote is None else STORE_THREADS
 
 
 def _say(settings: Settings, resumed: int) -> None:

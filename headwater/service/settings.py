@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headwater.extractor.machine import available_memory
+from headwater.store.local import LocalPath
 from headwater.store.objects import ObjectPath, is_url
 from headwater.store.place import Place, plain_place
 
@@ -143,9 +144,9 @@ def make_settings(
     )
 
 
-def _folder(root: str, state: str | None) -> Path:
+def _folder(root: str, state: str | None) -> LocalPath:
     """Return a root on this machine, which keeps its queue itself."""
-    folder = Path(root).expanduser()
+    folder = LocalPath(root).expanduser()
     if state is not None:
         raise ValueError(
             f"--state is {state}, but the directory {root} keeps its own queue. Leave --state out."

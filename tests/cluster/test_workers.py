@@ -29,7 +29,7 @@ from headwater.store.files import json_sum
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.manifest import read_manifest
 from headwater.store.objects import ObjectPath
-from headwater.store.place import clear_temporary
+from headwater.store.place import place_of
 from headwater.store.segments import table_of
 from headwater.store.verify import verify
 
@@ -41,7 +41,6 @@ from headwater.extractor.request import make_config
 from headwater.extractor.cluster.weights import published
 from headwater.extractor.model.weights import load_checkpoint
 from headwater.store.manifest import RunError
-from headwater.store.place import place_of
 config = json.loads(sys.argv[1])
 run, checkpoint = place_of(config["out"]), load_checkpoint(config["model"])
 (run / "headwater/tmp/nonce").touch()
@@ -93,7 +92,7 @@ def test_an_orphan_of_the_same_pid_cannot_commit_what_another_writes(begun, case
     made = []
 
     def finish_late():
-        clear_temporary(run)  # by the next driver, which holds the lock
+        place_of(run).clear_temporary()  # by the next driver, which holds the lock
         made.append(worker.extract_block(1, 1))
         return finish_orphan()
 

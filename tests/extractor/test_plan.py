@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import tracemalloc
 from math import prod
@@ -261,8 +262,8 @@ def test_projected_memory_grows_with_what_is_asked():
 
 def test_free_disk_and_memory_are_those_of_this_machine(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:  # the disk fills while tests run: ask once, for two paths
-        usage = {str(tmp_path): module.shutil.disk_usage(tmp_path)}
-        patch.setattr(module.shutil, "disk_usage", lambda path: usage[str(path)])
+        usage = {str(tmp_path): shutil.disk_usage(tmp_path)}
+        patch.setattr(shutil, "disk_usage", lambda path: usage[str(path)])
         assert 0 < free_disk(tmp_path / "not/there/yet") == free_disk(tmp_path)
     assert 0 < available_memory() < 1 << 50
     files = {

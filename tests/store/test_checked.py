@@ -34,7 +34,7 @@ from headwater.store.entry import LedgerError, decode
 from headwater.store.files import RunMoved, json_sum
 from headwater.store.lock import hold
 from headwater.store.manifest import RunError, clear_unfinished, read_manifest
-from headwater.store.place import clear_temporary
+from headwater.store.place import place_of
 from headwater.store.scratch import scratch_folder
 from headwater.store.verify import verify
 
@@ -361,7 +361,7 @@ def test_what_a_link_in_the_bookkeeping_leads_to_is_left_alone(run, tmp_path, li
     (run / link).rename(tmp_path / "was")
     (run / link).symlink_to(target)
     with pytest.raises(RunError, match="is a link"), hold(run):
-        clear_temporary(run)
+        place_of(run).clear_temporary()
     assert [item.name for item in outside.iterdir()] == ["a"]
     assert (outside / "a").read_text() == "precious"
 

@@ -6,15 +6,14 @@ import hashlib
 import re
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 from fastapi import Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 
 from headwater.service.places import NotHereError, inside, stays_in
 from headwater.store.manifest import manifest_path
-from headwater.store.objects import ObjectPath, StoreError
-from headwater.store.place import Place, state_of
+from headwater.store.objects import StoreError
+from headwater.store.place import Place
 
 KEY = re.compile(
     r"((?P<array>[\w.-]+)/)?(zarr\.json|c(/\d{1,12})*)|tokenizer\.json|documents\.parquet"
@@ -49,9 +48,9 @@ def zarr_file(root: Place, key: str) -> Place:
 def file_response(path: Place, request: Request) -> Response:
     """Answer with a file, or with the range of it that the request asks for."""
     kind = "application/json" if path.name.endswith(".json") else "application/octet-stream"
-    if isinstance(path, Path):
-        return BigFileResponse(path, media_type=kind, stat_result=path.stat())
-    n_bytes, _, mark = state_of(path)
+    if path.local is not None:
+        return BigFileResponse(path.local, media_type=kind, stat_result=path.local.stat())
+    n_bytes, _, mark = path.state()
     tag = f'"{hashlib.sha256(mark.encode()).hexdigest()[:32]}"'
     asked = request.headers.get("range", "") if request.headers.get("if-range", tag) == tag else ""
     low, high, status = _span(asked, n_bytes)
@@ -79,9 +78,9 @@ def _span(asked: str, n_bytes: int) -> tuple[int, int, int]:
     return (low, high, 206) if low < high else (0, 0, 416)
 
 
-def _pieces(path: ObjectPath, low: int, high: int) -> Iterator[bytes]:
+def _pieces(path: Place, low: int, high: int) -> Iterator[bytes]:
     for at in range(low, high, PIECE_BYTES):
-        yield from path.read_ranges([(at, min(PIECE_BYTES, high - at))])
+        yield path.read_range(at, min(PIECE_BYTES, high - at))
 
 
 def _is_run(root: Place, name: str, folder: Place) -> bool:
