@@ -5,134 +5,101 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import headwater
-from headwater.extractor.edits.grammar import INDICES, Edit, read_edits, read_target
+from headwater.analysis.interventions.settings import (
+    AGAIN,
+    EDITS,
+    FILE,
+    MANY,
+    MODEL,
+    RUN,
+    as_clusters,
+    as_compute,
+    as_edits,
+    as_indices,
+    as_list_of,
+    as_paths,
+    as_real,
+    as_switch,
+    as_target,
+    as_text,
+    as_whole,
+    setting,
+)
+from headwater.extractor.edits.grammar import Edit
 from headwater.extractor.settings import flag_of
 from headwater.extractor.sites import RequestError
 
 if TYPE_CHECKING:  # torch and xarray come with them
+    import numpy as np
+    import xarray as xr
+
     from headwater.extractor.model.weights import Checkpoint
     from headwater.store.place import Place
 
-# What a setting names, for those who check where it lies: a file to read, a model, a run, edits.
-FILE = "file"
-MODEL = "model"
-RUN = "run"
-EDITS = "edits"
 SCALES = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 2)
-MOST = 10**6
 
-
-def _setting(default: Any, read: Callable[[str, Any], Any], names: str = "") -> Any:
-    return field(default=default, metadata={"read": read, "names": names})
-
-
-def _text(flag: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise RequestError(f"{flag} is {value!r}; expected text.")
-    return value
-
-
-def _switch(flag: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise RequestError(f"{flag} is {value!r}; expected true or false.")
-    return value
-
-
-def _whole(least: int) -> Callable[[str, Any], int]:
-    def read(flag: str, value: Any) -> int:
-        number = least - 1
-        if isinstance(value, int) and not isinstance(value, bool):
-            number = value
-        elif isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value.strip()):
-            number = int(value)
-        if not least <= number <= MOST:
-            raise RequestError(
-                f"{flag} has {value!r}; expected whole numbers from {least} on (to {MOST:,})."
-            )
-        return number
-
-    return read
-
-
-def _real(flag: str, value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RequestError(f"{flag} is {value!r}; expected numbers such as 0,0.5,1.")
-    return number
-
-
-def _each(read: Callable[[str, Any], Any]) -> Callable[[str, Any], tuple[Any, ...]]:
-    """Read a list, which may be text with commas, item by item."""
-
-    def read_list(flag: str, value: Any) -> tuple[Any, ...]:
-        items = value.split(",") if isinstance(value, str) else value
-        items = items if isinstance(items, list | tuple) else [items]
-        if not items:
-            raise RequestError(f"{flag} is {value!r}; expected at least one.")
-        return tuple(read(flag, item.strip() if isinstance(item, str) else item) for item in items)
-
-    return read_list
-
-
-def _indices(flag: str, value: Any) -> str:
-    items = value if isinstance(value, list | tuple) else [value]
-    text = "".join(",".join(map(str, items)).split())
-    if not INDICES.fullmatch(text):
-        raise RequestError(f"{flag} is {value!r}; expected numbers and ranges, such as 0,4:8.")
-    return text
-
-
-def _paths(flag: str, value: Any) -> tuple[str, ...]:
-    items = value if isinstance(value, list | tuple) else [value]
-    return tuple(_text(flag, item) for item in items)
-
-
-def _clusters(flag: str, value: Any) -> tuple[str, ...]:
-    items = value if isinstance(value, list | tuple) else [value]
-    for item in items:
-        if isinstance(item, bool) or not re.fullmatch(r"[0-9]{1,9}([+,][0-9]{1,9})*", str(item)):
-            raise RequestError(
-                f"{flag} has {item!r}; expected token ids such as 262,13 or 464+383."
-            )
-    return tuple(map(str, items))
-
-
-def _compute(flag: str, value: Any) -> str:
-    if value not in ("fp32", "fp64"):
-        raise RequestError(f"{flag} is {value!r}; expected fp32 or fp64.")
-    return str(value)
-
-
-def _edits(flag: str, value: Any) -> tuple[Edit, ...]:
-    return read_edits(value)
-
-
-def _target(flag: str, value: Any) -> Edit:
-    return read_target(value)
+# The headings of the help.
+MOVE = "what to move"
+BESIDES = "what to ask besides"
+PATCHED = "what to patch"
+SCALED = "what to scale"
+INSTEAD = "what to ask instead"
+ROWS = "the rows to run"
+MODEL_PART = "model and results"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intervention(ABC):
     """What the three have in common. Raises RequestError for a value that a setting cannot have."""
 
-    model: str | None = _setting(None, _text, MODEL)
-    revision: str | None = _setting(None, _text)
-    activation: str | None = _setting(None, _text)
-    tokenizer: str | None = _setting(None, _text, MODEL)
-    bos: bool = _setting(False, _switch)
-    compute: str = _setting("fp32", _compute)
+    model: str | None = setting(
+        None,
+        as_text,
+        part=MODEL_PART,
+        metavar="M",
+        help="directory, hub id, nanoGPT's ckpt.pt, or demo (default: that of --run, else demo)",
+        names=MODEL,
+    )
+    revision: str | None = setting(
+        None,
+        as_text,
+        part=MODEL_PART,
+        metavar="R",
+        help="branch, tag or commit of a hub id (default: that of --run)",
+    )
+    activation: str | None = setting(
+        None,
+        as_text,
+        part=MODEL_PART,
+        metavar="F",
+        help="activation function of a checkpoint that does not name one (default: that of --run)",
+    )
+    tokenizer: str | None = setting(
+        None,
+        as_text,
+        part=MODEL_PART,
+        metavar="T",
+        help="tokenizer of the prompts (default: the model's own)",
+        names=MODEL,
+    )
+    bos: bool = setting(
+        False, as_switch, part=MODEL_PART, help="put the beginning-of-text token in front"
+    )
+    compute: str = setting(
+        "fp32",
+        as_compute,
+        part=MODEL_PART,
+        metavar="C",
+        help="fp32 or fp64",
+        choices=("fp32", "fp64"),
+    )
 
     # The names of the results that a request can give.
     family: ClassVar[tuple[str, ...]]
@@ -140,10 +107,11 @@ class Intervention(ABC):
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is not None or item.default is not None:
-                object.__setattr__(
-                    self, item.name, item.metadata["read"](flag_of(item.name), value)
-                )
+            if value is None and item.default is None:
+                continue
+            read = item.metadata["read"]
+            flag = item.metadata["flag"] or flag_of(item.name)
+            object.__setattr__(self, item.name, read(flag, value))
         self.check()
 
     @abstractmethod
@@ -151,10 +119,10 @@ class Intervention(ABC):
         """Refuse settings that do not go together."""
 
     @abstractmethod
-    def find(self, checkpoint: Checkpoint) -> list[Any]:
+    def find(self, checkpoint: Checkpoint) -> list[xr.Dataset]:
         """Return the results, one dataset an analysis."""
 
-    def results(self) -> tuple[list[Any], Checkpoint]:
+    def results(self) -> tuple[list[xr.Dataset], Checkpoint]:
         """Load the model and return the results, which say what made them, and the model."""
         from headwater.extractor.model.weights import load_checkpoint
 
@@ -173,22 +141,16 @@ class Intervention(ABC):
         """Return a hash of all that the results depend on: settings, files, the run, the weights."""
         from headwater.store.reader import open_run
 
-        sums = []
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value and item.metadata["names"] == FILE:
-                for name in (value,) if isinstance(value, str) else value:
-                    path = Path(name)
-                    sums.append(
-                        hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else name
-                    )
+        sums = [_sum_of(name) for name in self._files()]
         run = getattr(self, "run", None)
-        made = "" if run is None else open_run(run).manifest.fingerprint
+        made = ""
+        if run is not None:
+            made = open_run(run).manifest.fingerprint
         parts = [headwater.__version__, self.to_json(), sums, made, checkpoint.digest]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def keep(self, home: Place, found: Sequence[Any]) -> tuple[list[Place], list[Path]]:
+    def keep(self, home: Place, found: Sequence[xr.Dataset]) -> tuple[list[Place], list[Path]]:
         """Keep results beside `home`; return where, and where earlier ones of other settings were moved to."""
         from headwater.analysis.engine.results import save, set_aside
 
@@ -200,24 +162,41 @@ class Intervention(ABC):
         from headwater.store.reader import open_run
 
         run = getattr(self, "run", None)
-        made = None if run is None else open_run(run).manifest.model
-        if made is None or self.model not in (None, made["name"]):
-            return self.model or "demo", self.revision, self.activation
+        named = (self.model or "demo", self.revision, self.activation)
+        if run is None:
+            return named
+        made = open_run(run).manifest.model
+        if self.model not in (None, made["name"]):
+            return named
         activation = self.activation or made["config"]["activation"]
         return made["name"], self.revision or made["revision"], activation
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the settings that are not as by default as JSON values; `make_request` takes them."""
-        found = {}
+        found: dict[str, object] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if value != item.default:
-                found[item.name] = value
-                if item.metadata["names"] == EDITS:
-                    edits = (value,) if isinstance(value, Edit) else value
-                    listed = [edit.to_json() for edit in edits]
-                    found[item.name] = listed[0] if isinstance(value, Edit) else listed
+            if value == item.default:
+                continue
+            if isinstance(value, Edit):
+                value = value.to_json()
+            elif item.metadata["names"] == EDITS:
+                value = [edit.to_json() for edit in value]
+            found[item.name] = value
         return found
+
+    def _files(self) -> list[str]:
+        """Return the files that the settings name."""
+        named: list[str] = []
+        for item in fields(self):
+            if item.metadata["names"] != FILE:
+                continue
+            value = getattr(self, item.name)
+            if isinstance(value, str):
+                named.append(value)
+            else:
+                named.extend(value or ())
+        return named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,19 +204,69 @@ class Plateau(Intervention):
     """Move a state from one prompt's to another's: `pairs`, a file of JSON lines, or one pair, `a` and `b`."""
 
     family = ("plateau", "plateau_parts", "plateau_heads", "plateau_jacobian")
-    pairs: str | None = _setting(None, _text, FILE)
-    a: str | None = _setting(None, _text)
-    b: str | None = _setting(None, _text)
-    depths: str | None = _setting(None, _indices)
-    paths: tuple[str, ...] = _setting(("linear", "slerp"), _each(_text))
-    steps: int = _setting(50, _whole(3))
-    from_end: int = _setting(1, _whole(1))
-    tau: float = _setting(0.1, _real)
-    parts: bool = _setting(False, _switch)
-    heads: bool = _setting(False, _switch)
-    jacobian: int | None = _setting(None, _whole(0))
-    run: str | None = _setting(None, _text, RUN)
-    seed: int = _setting(0, _whole(0))
+    pairs: str | None = setting(
+        None, as_text, part=MOVE, metavar="FILE", help="JSON lines with a and b", names=FILE
+    )
+    a: str | None = setting(
+        None, as_text, part=MOVE, metavar="TEXT", help="one pair: the prompt whose context it is"
+    )
+    b: str | None = setting(
+        None,
+        as_text,
+        part=MOVE,
+        metavar="TEXT",
+        help="one pair: the prompt to whose state it goes",
+    )
+    depths: str | None = setting(
+        None,
+        as_indices,
+        part=MOVE,
+        metavar="D",
+        help="depths of the residual stream to move it at (default: all but the last)",
+    )
+    paths: tuple[str, ...] = setting(
+        ("linear", "slerp"),
+        as_list_of(as_text),
+        part=MOVE,
+        metavar="P",
+        help="linear, slerp (with the norm), and baselines: random, covariance (of --run)",
+        choices=("linear", "slerp", "random", "covariance"),
+    )
+    steps: int = setting(
+        50, as_whole(3), part=MOVE, metavar="N", help="steps from A to B, both included"
+    )
+    from_end: int = setting(
+        1, as_whole(1), part=MOVE, metavar="N", help="move the N-th position from the end"
+    )
+    tau: float = setting(0.1, as_real, part=MOVE, metavar="T", help="distance that ends a plateau")
+    parts: bool = setting(
+        False,
+        as_switch,
+        part=BESIDES,
+        help="again with parts frozen or made linear, together and layer by layer",
+    )
+    heads: bool = setting(
+        False,
+        as_switch,
+        part=BESIDES,
+        help="patterns and outputs of heads, their terms, own scores",
+    )
+    jacobian: int | None = setting(
+        None,
+        as_whole(0),
+        part=BESIDES,
+        metavar="DEPTH",
+        help="norms of the Jacobian along the path from this depth",
+    )
+    run: str | None = setting(
+        None,
+        as_text,
+        part=BESIDES,
+        metavar="RUN",
+        help="run whose residual stream gives the covariance; the results are kept beside it",
+        names=RUN,
+    )
+    seed: int = setting(0, as_whole(0), part=BESIDES, metavar="N", help="of the random directions")
 
     def check(self) -> None:
         """Refuse both pairs and a pair, or neither, and a plateau that would be everywhere or nowhere."""
@@ -246,7 +275,7 @@ class Plateau(Intervention):
         if not 0 < self.tau < 0.5:
             raise RequestError(f"--tau is {self.tau}; expected a number between 0 and 0.5.")
 
-    def find(self, checkpoint: Checkpoint) -> list[Any]:
+    def find(self, checkpoint: Checkpoint) -> list[xr.Dataset]:
         """Sweep plateaus."""
         from headwater.analysis.interventions.plateau import check_depths, plateau
         from headwater.analysis.interventions.plateau_heads import head_response
@@ -269,12 +298,12 @@ class Plateau(Intervention):
                 replay,
                 pairs,
                 depths,
-                self.steps,
-                list(self.paths),
-                self.from_end,
-                self.tau,
-                self.run,
-                self.seed,
+                n_steps=self.steps,
+                paths=list(self.paths),
+                n_last=self.from_end,
+                tau=self.tau,
+                run=self.run,
+                seed=self.seed,
             )
         ]
         if self.parts:
@@ -291,11 +320,39 @@ class Patch(Intervention):
     """Patch clean values into corrupt prompts, place by place; `pairs` is a file of JSON lines."""
 
     family = ("patch",)
-    pairs: str | None = _setting(None, _text, FILE)
-    sites: tuple[str, ...] = _setting(("resid", "attn_out", "mlp_out"), _each(_text))
-    by_head: bool = _setting(False, _switch)
-    layers: str | None = _setting(None, _indices)
-    edits: tuple[Edit, ...] = _setting((), _edits, EDITS)
+    pairs: str | None = setting(
+        None,
+        as_text,
+        part=PATCHED,
+        metavar="FILE",
+        help="JSON lines with clean, corrupt, answer, wrong",
+        names=FILE,
+    )
+    sites: tuple[str, ...] = setting(
+        ("resid", "attn_out", "mlp_out"),
+        as_list_of(as_text),
+        part=PATCHED,
+        metavar="A,B",
+        help="resid, resid_mid, attn_out, mlp_out, q, k, v, z, mlp_pre, mlp_post",
+    )
+    by_head: bool = setting(False, as_switch, part=PATCHED, help="patch q, k, v and z head by head")
+    layers: str | None = setting(
+        None,
+        as_indices,
+        part=PATCHED,
+        metavar="L",
+        help="layers (and depths) to patch (default: all)",
+    )
+    edits: tuple[Edit, ...] = setting(
+        (),
+        as_edits,
+        part=PATCHED,
+        metavar="EDIT",
+        help="change the model in all runs",
+        flag="--edit",
+        names=EDITS,
+        several=AGAIN,
+    )
 
     def check(self) -> None:
         """Refuse a request without pairs."""
@@ -304,7 +361,7 @@ class Patch(Intervention):
                 "--pairs is missing; name a file of JSON lines with clean, corrupt, answer and wrong."
             )
 
-    def find(self, checkpoint: Checkpoint) -> list[Any]:
+    def find(self, checkpoint: Checkpoint) -> list[xr.Dataset]:
         """Patch pairs."""
         from headwater.analysis.interventions.patching import patch, read_cases
         from headwater.analysis.interventions.prompts import Reader, read_pairs
@@ -316,10 +373,16 @@ class Patch(Intervention):
         layers = None
         if self.layers is not None:
             layers = parse_indices(self.layers, checkpoint.config.n_layer + 1, "layers")
-        sites = list(self.sites)
-        return [
-            patch(checkpoint, cases, sites, self.by_head, layers, list(self.edits), self.compute)
-        ]
+        found = patch(
+            checkpoint,
+            cases,
+            sites=list(self.sites),
+            heads=self.by_head,
+            layers=layers,
+            edits=list(self.edits),
+            compute=self.compute,
+        )
+        return [found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,21 +390,94 @@ class Ablate(Intervention):
     """Scale what is at a place, measure effects, or probe repeated tokens, on the rows of a run, ids or text."""
 
     family = ("ablate", "effects", "repeated")
-    target: Edit | None = _setting(None, _target, EDITS)  # noqa: RUF009
-    scales: tuple[float, ...] = _setting(SCALES, _each(_real))
-    sweep: str | None = _setting(None, _text)
-    hold: bool = _setting(False, _switch)
-    no_gradient: bool = _setting(False, _switch)
-    edits: tuple[Edit, ...] = _setting((), _edits, EDITS)
-    effects: bool = _setting(False, _switch)
-    repeated: tuple[str, ...] = _setting((), _clusters)
-    lengths: tuple[int, ...] = _setting((16, 64), _each(_whole(2)))
-    first_layers: int = _setting(3, _whole(1))
-    run: str | None = _setting(None, _text, RUN)
-    tokens: str | None = _setting(None, _text, FILE)
-    text: tuple[str, ...] = _setting((), _paths, FILE)
-    seq_len: int | None = _setting(None, _whole(1))
-    max_sequences: int = _setting(8, _whole(1))
+    target: Edit | None = setting(  # noqa: RUF009 (a setting is a field)
+        None,
+        as_target,
+        part=SCALED,
+        metavar="PLACE",
+        help="a site and selections as in --edit: 'resid[3] position=first dim=447'",
+        names=EDITS,
+    )
+    scales: tuple[float, ...] = setting(
+        SCALES, as_list_of(as_real), part=SCALED, metavar="S", help="factors, 1 changes nothing"
+    )
+    sweep: str | None = setting(
+        None,
+        as_text,
+        part=SCALED,
+        metavar="DIM",
+        help="depth, layer, position, head or dim: one chosen index after another",
+        choices=("depth", "layer", "position", "head", "dim"),
+    )
+    hold: bool = setting(
+        False,
+        as_switch,
+        part=SCALED,
+        help="keep it at its scaled value at every chosen depth",
+    )
+    no_gradient: bool = setting(False, as_switch, part=SCALED, help="leave the derivatives out")
+    edits: tuple[Edit, ...] = setting(
+        (),
+        as_edits,
+        part=SCALED,
+        metavar="EDIT",
+        help="change the model besides, at scale 1 too",
+        flag="--edit",
+        names=EDITS,
+        several=AGAIN,
+    )
+    effects: bool = setting(
+        False,
+        as_switch,
+        part=INSTEAD,
+        help="direct and total effects of every head and MLP on the loss",
+    )
+    repeated: tuple[str, ...] = setting(
+        (),
+        as_clusters,
+        part=INSTEAD,
+        metavar="IDS",
+        help="rows of one token again and again, one row for each of 262,13, or drawn from a cluster, 464+383: what "
+        "the first layers' heads do",
+        several=AGAIN,
+    )
+    lengths: tuple[int, ...] = setting(
+        (16, 64),
+        as_list_of(as_whole(2)),
+        part=INSTEAD,
+        metavar="N,M",
+        help="lengths of repeated rows",
+    )
+    first_layers: int = setting(
+        3, as_whole(1), part=INSTEAD, metavar="N", help="layers to look at for --repeated"
+    )
+    run: str | None = setting(
+        None,
+        as_text,
+        part=ROWS,
+        metavar="RUN",
+        help="the tokens and the model of a run; the results are kept beside it",
+        names=RUN,
+    )
+    tokens: str | None = setting(
+        None,
+        as_text,
+        part=ROWS,
+        metavar="IDS.npy",
+        help="token ids [sequence, position], -1 for padding",
+        names=FILE,
+    )
+    text: tuple[str, ...] = setting(
+        (), as_paths, part=ROWS, metavar="PATH", help="files of text", names=FILE, several=MANY
+    )
+    seq_len: int | None = setting(
+        None,
+        as_whole(1),
+        part=ROWS,
+        metavar="N",
+        help="positions in a row, for --text (default: as many as the model has)",
+    )
+    max_sequences: int = setting(8, as_whole(1), part=ROWS, metavar="N", help="rows to take")
 
     def check(self) -> None:
         """Refuse a request that asks nothing, or that names no rows, or several kinds of them."""
@@ -353,53 +489,58 @@ class Ablate(Intervention):
         if n_rows != 1 and (self.target is not None or self.effects):
             raise RequestError("expected one of --run, --tokens and --text: the rows to run.")
 
-    def find(self, checkpoint: Checkpoint) -> list[Any]:
+    def find(self, checkpoint: Checkpoint) -> list[xr.Dataset]:
         """Ablate by scale, measure effects, probe repeated tokens."""
         from headwater.analysis.interventions.ablation import ablate
         from headwater.analysis.interventions.effects import effects
-        from headwater.analysis.interventions.prompts import first_token
-        from headwater.analysis.measures.repeated import repeated
-        from headwater.extractor.model.forward import Model
-        from headwater.extractor.tokenizer import load_tokenizer
 
         found = []
         if self.target is not None or self.effects:
             tokens, row_start = self.rows(checkpoint)
         if self.target is not None:
-            found.append(
-                ablate(
-                    checkpoint,
-                    tokens,
-                    self.target,
-                    list(self.scales),
-                    row_start,
-                    self.sweep,
-                    self.hold,
-                    list(self.edits),
-                    self.compute,
-                    not self.no_gradient and not self.edits,
-                )
+            scaled = ablate(
+                checkpoint,
+                tokens,
+                self.target,
+                scales=list(self.scales),
+                row_start=row_start,
+                sweep=self.sweep,
+                hold=self.hold,
+                edits=list(self.edits),
+                compute=self.compute,
+                gradient=not self.no_gradient and not self.edits,
             )
+            found.append(scaled)
         if self.effects:
             found.append(effects(checkpoint, tokens, row_start, self.compute))
         if self.repeated:
-            home = self.tokenizer or checkpoint.tokenizer
-            coder = None if home is None else load_tokenizer(home)
-            bos = first_token(checkpoint, coder) if self.bos else None
-            clusters = [_cluster(part) for text in self.repeated for part in text.split(",")]
-            found.append(
-                repeated(
-                    Model(checkpoint, self.compute),
-                    clusters,
-                    list(self.lengths),
-                    bos,
-                    self.first_layers,
-                    list(self.edits),
-                )
-            )
+            found.append(self.probe(checkpoint))
         return found
 
-    def rows(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+    def probe(self, checkpoint: Checkpoint) -> xr.Dataset:
+        """Return what the first layers' heads do on rows of repeated tokens."""
+        from headwater.analysis.interventions.prompts import first_token
+        from headwater.analysis.measures.repeated import repeated
+        from headwater.extractor.model.forward import Model
+        from headwater.extractor.tokenizer import load_tokenizer
+
+        home = self.tokenizer or checkpoint.tokenizer
+        bos = None
+        if self.bos:
+            coder = None if home is None else load_tokenizer(home)
+            bos = first_token(checkpoint, coder)
+        written = ",".join(self.repeated)
+        found: xr.Dataset = repeated(
+            Model(checkpoint, self.compute),
+            [_cluster(part) for part in written.split(",")],
+            lengths=list(self.lengths),
+            bos=bos,
+            n_layers=self.first_layers,
+            edits=list(self.edits),
+        )
+        return found
+
+    def rows(self, checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and row starts [sequence, position] of a run, a file of ids, or text."""
         import numpy as np
 
@@ -448,5 +589,16 @@ def make_request(kind: str, settings: Mapping[str, Any]) -> Intervention:
 
 
 def _cluster(text: str) -> int | list[int]:
+    """Read one token id, or several that a row is drawn from: 464+383."""
     ids = [int(part) for part in text.split("+")]
-    return ids[0] if len(ids) == 1 else ids
+    if len(ids) == 1:
+        return ids[0]
+    return ids
+
+
+def _sum_of(name: str) -> str:
+    """Return the digest of a file; the name itself of what is none, such as a folder or a pattern of names."""
+    path = Path(name)
+    if not path.is_file():
+        return name
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,5 +1,7 @@
 """Patching and ablation against single edited passes, gradients against differences, and what is refused."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,8 @@ from headwater.analysis.interventions.ablation import ablate, sweep_targets
 from headwater.analysis.interventions.effects import effects
 from headwater.analysis.interventions.patching import patch, read_cases
 from headwater.analysis.interventions.prompts import Pair, Reader, read_pairs
+from headwater.analysis.interventions.requests import REQUESTS
+from headwater.analysis.interventions.settings import help_of
 from headwater.analysis.measures.repeated import repeated
 from headwater.extractor.edits.grammar import Edit, parse_edit
 from headwater.extractor.model.forward import Model
@@ -83,13 +87,13 @@ def test_shorter_prompts_stand_at_the_right(checkpoint):
 
 def test_what_patching_refuses(checkpoint, tmp_path):
     reader, more = Reader(checkpoint), {"answer": 2, "wrong": 6}
-    for corrupt, fields, text in [
+    for corrupt, said, text in [
         (CORRUPT[1:], more, "6 clean and 5 corrupt"),
         (CORRUPT, {}, "'answer'"),
         (CORRUPT, more | {"wrong": V}, "0 to 30"),
     ]:
         with pytest.raises(ValueError, match=text):
-            read_cases([Pair(CLEAN, corrupt, "x", fields)], reader)
+            read_cases([Pair(CLEAN, corrupt, "x", said)], reader)
     case = read_cases([Pair(CLEAN, CORRUPT, "", more)], reader)
     with pytest.raises(ValueError, match="loss; expected some of"):
         patch(checkpoint, case, ("loss",))
@@ -256,3 +260,17 @@ def test_repeated_tokens_in_a_model_without_positions(oracle):
         assert np.abs(other.norm_ratio - 1).max() > 0.01 and np.isfinite(other.entropy).all()
     with pytest.raises(ValueError, match="--lengths"):
         repeated(loaded, [5], (100,))
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_every_setting_says_what_its_flag_needs(kind):
+    for item in fields(REQUESTS[kind]):
+        said = item.metadata
+        assert said["part"] and said["help"], item.name
+        assert (said["metavar"] is None) == (item.default is False), item.name
+        default = f"(default: {item.default})"
+        plain = isinstance(item.default, int | float | str) and item.default is not False
+        assert help_of(item).endswith(default) == plain, item.name
+        if said["choices"] and item.default is not None:
+            chosen = item.default if isinstance(item.default, tuple) else (item.default,)
+            assert set(chosen) <= set(said["choices"]), item.name

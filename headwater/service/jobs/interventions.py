@@ -6,14 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from headwater.analysis.interventions.requests import (
-    EDITS,
-    FILE,
-    MODEL,
-    REQUESTS,
-    Ablate,
-    make_request,
-)
+from headwater.analysis.interventions.requests import REQUESTS, Ablate, make_request
+from headwater.analysis.interventions.settings import EDITS, FILE, MODEL
 from headwater.extractor.edits.grammar import Edit
 
 TORCH_BYTES = 640 << 20

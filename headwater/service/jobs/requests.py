@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headwater.analysis.interventions.requests import MODEL, REQUESTS
+from headwater.analysis.interventions.requests import REQUESTS
+from headwater.analysis.interventions.settings import MODEL
 from headwater.analysis.suite.registry import entry_of
 from headwater.extractor.edits.grammar import Edit, read_edits, stored_edits
 from headwater.extractor.edits.places import is_prompt
