@@ -22,16 +22,18 @@ import numpy as np
 import torch
 
 from headwater.benchmarks.measure import gemm_rate, interleave, ratio, write_csv
+from headwater.extractor.block import Worker
 from headwater.extractor.in_memory import capture
 from headwater.extractor.model.batch import make_batch
 from headwater.extractor.model.forward import COMPUTE, Model, NoTap
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
+from headwater.extractor.plan import make_plan
 from headwater.extractor.request import RunConfig
-from headwater.extractor.run import plan_of
 from headwater.extractor.sites import PRESETS
 from headwater.extractor.text.commit import commit_text
-from headwater.extractor.worker import Worker
+from headwater.extractor.text.source import Source
 from headwater.store.ledger import Ledger
+from headwater.store.place import place_of
 from headwater.store.reader import Run, open_run
 
 SIZES = {"tiny": (2, 4, 128, 1000), "small": (12, 12, 768, 50257), "medium": (24, 16, 1024, 50257)}
@@ -73,8 +75,10 @@ def extraction(
         compute=compute,
     )
     folder.mkdir()
-    manifest = commit_text(config, checkpoint, folder)
-    plan = plan_of(config, checkpoint, manifest)
+    source = Source(config, checkpoint.config, None)
+    plan = make_plan(config, checkpoint.config, source.geometry)
+    manifest = commit_text(place_of(folder), source, plan, checkpoint)
+    plan = plan.sized(manifest.n_sequences)
     worker = Worker(folder, manifest, plan, Model(checkpoint, compute))
     ledger = Ledger(folder, manifest.fingerprint)
     attempts = iter(range(1, 1000))

@@ -27,18 +27,19 @@ from headwater.benchmarks.bench_extract import (
     stored_error,
 )
 from headwater.benchmarks.measure import gemm_rate, interleave, ratio, synchronize, timed, write_csv
+from headwater.extractor.block import Worker
 from headwater.extractor.limits import device_bytes
 from headwater.extractor.model.batch import make_batch
 from headwater.extractor.model.forward import COMPUTE, NoTap
 from headwater.extractor.model.forward_device import KernelModel
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
-from headwater.extractor.plan import GPU_MICRO_TOKENS, Plan
+from headwater.extractor.plan import GPU_MICRO_TOKENS, make_plan
 from headwater.extractor.request import RunConfig
-from headwater.extractor.run import plan_of
 from headwater.extractor.text.commit import commit_text
-from headwater.extractor.worker import Worker
+from headwater.extractor.text.source import Source
 from headwater.store.layout import tile_edge
 from headwater.store.ledger import Entry, Ledger
+from headwater.store.place import place_of
 from headwater.store.reader import open_run
 
 VARIANTS = {
@@ -68,8 +69,10 @@ class Extraction:
             device=options.device,
         )
         folder.mkdir()
-        manifest = commit_text(self.config, checkpoint, folder)
-        self.plan: Plan = plan_of(self.config, checkpoint, manifest)
+        source = Source(self.config, checkpoint.config, None)
+        plan = make_plan(self.config, checkpoint.config, source.geometry)
+        manifest = commit_text(place_of(folder), source, plan, checkpoint)
+        self.plan = plan.sized(manifest.n_sequences)
         model = KernelModel(checkpoint, options.compute, options.device)
         self._worker, self._ledger = (
             Worker(folder, manifest, self.plan, model),

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from headwater.extractor.model.weights import Checkpoint, ModelConfig
+from headwater.extractor.plan import make_plan
 from headwater.extractor.request import RunConfig
 from headwater.extractor.text.commit import commit_text
+from headwater.extractor.text.source import Source
 from headwater.store.ledger import Entry, Ledger
+from headwater.store.place import place_of
 from headwater.store.reader import Run, open_run
 from headwater.store.writer import BlockWriter, file_sums
 
@@ -94,7 +97,9 @@ def make_run(
         block=block,
     )
     path.mkdir()
-    manifest = commit_text(config, checkpoint, path)
+    text = Source(config, checkpoint.config, None)
+    plan = make_plan(config, checkpoint.config, text.geometry)
+    manifest = commit_text(place_of(path), text, plan, checkpoint)
     writer = BlockWriter(path, manifest.arrays, manifest.block)
     ledger = Ledger(path, manifest.fingerprint)
     source = Residuals(n_positions, d_model)

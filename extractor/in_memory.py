@@ -155,7 +155,7 @@ def run_in_memory(
     batch = editor.hook(make_batch(tokens, row_start, tile_edge(tokens.shape[1])).to(model.device))
     sink = MemorySink(plan.arrays)
     specs = {spec.name: spec for spec in plan.arrays}
-    host = CaptureTap(plan.selection, specs, sink, plan.canonical["top_k"] or 1, keep_overflow=True)
+    host = CaptureTap(plan.selection, specs, sink, plan.top_k, keep_overflow=True)
     with ExitStack() as stack, torch.inference_mode():
         tap: CaptureTap | DeviceTap = host
         if isinstance(model, KernelModel):

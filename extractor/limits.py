@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+from headwater.extractor.block import HEAD_SITES, last_layer
+from headwater.extractor.memory import COMPUTE_BYTES
 from headwater.extractor.model.batch import logit_rows, padded
-from headwater.extractor.plan import COMPUTE_BYTES, Plan
+from headwater.extractor.plan import Plan
 from headwater.extractor.request import RunConfig
 from headwater.extractor.sites import SITES, SQUARE, RequestError
-from headwater.extractor.worker import HEAD_SITES, last_layer
 from headwater.kernels.cpu.rows import STATISTICS
 from headwater.store.layout import sequence_bytes
 

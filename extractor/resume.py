@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from headwater.extractor.edits.grammar import refuse_calls, stored_edits
+from headwater.extractor.maker import maker
 from headwater.extractor.model.weights import Checkpoint
-from headwater.extractor.plan import Geometry, geometry, make_plan
+from headwater.extractor.plan import Geometry, Plan, geometry, make_plan
 from headwater.extractor.request import RunConfig
-from headwater.extractor.text.commit import maker
 from headwater.extractor.text.documents import STDIN, describe_sources, expand_paths
 from headwater.extractor.text.source import outside, text_request
 from headwater.store.entry import different
-from headwater.store.manifest import Manifest, RunError, read_manifest
+from headwater.store.manifest import Manifest, RunError
 from headwater.store.place import Place
 
 
-def stored_request(config: RunConfig, run: Place) -> RunConfig:
+def stored_request(config: RunConfig, run: Place, manifest: Manifest) -> RunConfig:
     """Fill a request that names only --out with what the run was made from; refuse a run that `project` made."""
-    m = read_manifest(run)
+    m = manifest
     if "derived" in m.config:
         raise RunError(
             f"{run} was not extracted: `headwater project` made it from another run. Go on with that command, or name "
@@ -67,14 +67,14 @@ def stored_request(config: RunConfig, run: Place) -> RunConfig:
     )
 
 
-def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place) -> Manifest:
-    """Return the manifest of a run that this request may go on with; raise RunError where it is another's."""
-    manifest = read_manifest(run)
+def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place, manifest: Manifest) -> Plan:
+    """Return the plan of a run that this request may go on with; raise RunError where it is another's."""
     shape = Geometry(manifest.n_positions, manifest.block, manifest.micro)
     wanted = replace(config, block=config.block or manifest.block)
     if config.tokens is None:
         shape = replace(geometry(wanted, checkpoint.config), micro=manifest.micro)
-    asked = {"edits": []} | make_plan(wanted, checkpoint.config, shape, 1).canonical
+    plan = make_plan(wanted, checkpoint.config, shape, manifest.n_sequences)
+    asked: dict[str, Any] = {"edits": []} | plan.canonical
     asked |= {"model weights": checkpoint.digest[:12], **text_request(config)}
     # A setting that the run's Headwater did not know is not compared: its text is there, and is not made again.
     stored = {"edits": []} | manifest.config | _text_of(manifest)
@@ -89,7 +89,7 @@ def check_same(config: RunConfig, checkpoint: Checkpoint, run: Place) -> Manifes
         )
     _check_sources(config, manifest)
     check_maker(config, manifest, run, config.device)
-    return manifest
+    return plan
 
 
 def check_maker(

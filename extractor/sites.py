@@ -273,7 +273,14 @@ _NAMES = _names()
 
 
 class RequestError(ValueError):
-    """A request that cannot be met as it stands; the message says what to change."""
+    """A request that cannot be met as it stands; the message says what to change.
+
+    `flag` names the setting that is at fault, as a field of the request, where it is one.
+    """
+
+    def __init__(self, message: str, flag: str | None = None) -> None:
+        super().__init__(message)
+        self.flag = flag
 
 
 def parse_site(text: str) -> tuple[str, int | None]:

@@ -18,7 +18,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from headwater.store.version import __version__
 
 if TYPE_CHECKING:
     from headwater import analysis

@@ -35,12 +35,13 @@ KNOWN_ENTRIES = 64
 FETCHES = 8
 
 
-def open_run(path: PlaceLike, checked: bool = True) -> Run:
+def open_run(path: PlaceLike, checked: bool = True, manifest: Manifest | None = None) -> Run:
     """Open a run for reading, whole or half done; raise RunError where there is none.
 
     Without `checked`, captured values are read as they lie on the disk, and damage to them is not noticed.
+    `manifest` is the run's own where the caller has read it already.
     """
-    return Run(place_of(path), checked)
+    return Run(path, checked, manifest)
 
 
 class Run:
@@ -51,10 +52,12 @@ class Run:
     `"resid" in run`, `list(run)` and `len(run)` are about the captured arrays.
     """
 
-    def __init__(self, path: PlaceLike, checked: bool = True) -> None:
+    def __init__(
+        self, path: PlaceLike, checked: bool = True, manifest: Manifest | None = None
+    ) -> None:
         self.path = place_of(path)
         self.checked = checked
-        self.manifest: Manifest = read_manifest(self.path)
+        self.manifest: Manifest = manifest or read_manifest(self.path)
         self.ledger = Ledger(self.path, self.manifest.fingerprint)
         self._specs = {spec.name: spec for spec in self.manifest.arrays}
         self._lock = threading.Lock()

@@ -124,11 +124,8 @@ def capture(model, tokens, row_start, compute="fp32", wide=False, **selection):
         config, loaded.config, Geometry(tokens.shape[1], len(tokens), len(tokens)), len(tokens)
     )
     if wide:
-        plan = replace(
-            plan,
-            arrays=tuple(
-                replace(s, dtype=s.dtype.replace("float32", "float64")) for s in plan.arrays
-            ),
+        vars(plan)["arrays"] = tuple(
+            replace(s, dtype=s.dtype.replace("float32", "float64")) for s in plan.arrays
         )
     return plan, run_in_memory(loaded, plan, tokens, row_start).arrays
 

@@ -89,7 +89,7 @@ def derive(
 
 def _commit_text(run: Run, out: Path, derived: Derived, config: dict[str, Any], mark: str) -> None:
     """Copy the run's text and coordinates, and write the metadata and, last, the manifest."""
-    from headwater.extractor.text.commit import made_by
+    from headwater.extractor.maker import made_by
 
     m = run.manifest
     spec = derived.spec
@@ -208,7 +208,7 @@ def _fill(writer: BlockWriter, spec: ArraySpec, first: int, last: int, compute: 
 
 
 def _check_room(out: Path, n_bytes: int) -> None:
-    from headwater.extractor.plan import free_disk
+    from headwater.extractor.budget import free_disk
 
     free = free_disk(out)
     if n_bytes > free:

@@ -25,6 +25,7 @@ from headwater.store.local import LocalPath
 from headwater.store.place import Place, PlaceLike, groups_in, place_of
 from headwater.store.reader import Run, open_run
 from headwater.store.sealed import broken_files, results_folder, seal
+from headwater.store.version import __version__
 
 REQUEST = re.compile(r"\w{1,64}")
 
@@ -99,15 +100,13 @@ def provenance(
     import xarray
     import zarr
 
-    import headwater
-
     m = run.manifest
     complete = np.zeros(m.n_sequences, bool)
     for _, first, last in run.blocks():
         complete[first:last] = True
     marks = run.ledger.marks()
     versions = {
-        "headwater": headwater.__version__,
+        "headwater": __version__,
         "numpy": np.__version__,
         "xarray": xarray.__version__,
     }

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-import headwater
 from headwater.analysis.engine.checkpoint import Checkpoint, Nodes
 from headwater.analysis.engine.pools import Pool, make_pool
 from headwater.analysis.engine.reducer import Reducer, State, need_sites
@@ -23,6 +22,7 @@ from headwater.analysis.engine.work import BASE_BYTES, Work, projected_bytes, wa
 from headwater.store.entry import digest_of
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run, open_run
+from headwater.store.version import __version__
 
 Steps = Generator[Sequence[Reducer], list[Any], Any]
 
@@ -151,7 +151,7 @@ def _checkpoint(run: Run, analyses: Sequence[Analysis], scan: Scan) -> Checkpoin
     request = [[a.name, a.passes, a.arguments] for a in analyses]
     blocks = committed_blocks(run, scan.partial)
     read = digest_of(run.ledger.marks(), blocks)
-    identity = [headwater.__version__, np.__version__, run.manifest.fingerprint, request, read]
+    identity = [__version__, np.__version__, run.manifest.fingerprint, request, read]
     return Checkpoint(analysis_path(run, ".unfinished"), identity, scan.keep_seconds)
 
 

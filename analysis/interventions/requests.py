@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import headwater
 from headwater.analysis.interventions.settings import (
     AGAIN,
     EDITS,
@@ -35,6 +34,7 @@ from headwater.analysis.interventions.settings import (
 from headwater.extractor.edits.grammar import Edit
 from headwater.extractor.settings import flag_of
 from headwater.extractor.sites import RequestError
+from headwater.store.version import __version__
 
 if TYPE_CHECKING:  # torch and xarray come with them
     import numpy as np
@@ -146,7 +146,7 @@ class Intervention(ABC):
         made = ""
         if run is not None:
             made = open_run(run).manifest.fingerprint
-        parts = [headwater.__version__, self.to_json(), sums, made, checkpoint.digest]
+        parts = [__version__, self.to_json(), sums, made, checkpoint.digest]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

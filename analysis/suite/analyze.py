@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import headwater
 from headwater.analysis.engine.results import ForeignResult, analysis_path, load, save
 from headwater.analysis.engine.scan import (
     ONE_BY_ONE,
@@ -28,6 +27,7 @@ from headwater.store.files import json_sum
 from headwater.store.manifest import RunError
 from headwater.store.place import Place
 from headwater.store.reader import Run
+from headwater.store.version import __version__
 
 KEEP_SECONDS = 30.0
 STATE_BYTES = 256 << 20
@@ -219,7 +219,7 @@ def _request(run: Run, name: str, arguments: Any, options: Mapping[str, Any]) ->
     """Return a hash of all that a result depends on."""
     marks = run.ledger.marks()
     parts = [
-        headwater.__version__,
+        __version__,
         run.manifest.fingerprint,
         json_sum(run.manifest.statics),
         digest_of(marks, marks),

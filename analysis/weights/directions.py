@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import headwater
 from headwater.analysis.weights.circuits import head_weights, narrow_svd, qk_correlation, thin_svd
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
+from headwater.store.version import __version__
 
 FOLDS = ("raw", "folded")
 ROWS = 128
@@ -189,7 +189,7 @@ def model_provenance(
     import xarray
 
     versions = {
-        "headwater": headwater.__version__,
+        "headwater": __version__,
         "numpy": np.__version__,
         "torch": torch.__version__,
         "xarray": xarray.__version__,

@@ -37,10 +37,10 @@ class BlockActor:
     ) -> None:
         import torch
 
+        from headwater.extractor.block import Worker
         from headwater.extractor.model.forward_device import load_model
+        from headwater.extractor.plan import plan_of
         from headwater.extractor.resume import check_maker
-        from headwater.extractor.run import plan_of
-        from headwater.extractor.worker import Worker
 
         path = place_of(run)
         node = socket.gethostname()
@@ -56,7 +56,7 @@ class BlockActor:
         device = "cpu" if settings.device == "cpu" else "cuda"
         check_maker(settings, manifest, path, device, f"node {node}")
         checkpoint = load(path, weights, digest, shared)
-        plan = plan_of(settings, checkpoint, manifest)
+        plan = plan_of(settings, checkpoint.config, manifest)
         memory = available_memory()
         if plan.elsewhere and plan.host_bytes > memory:
             raise RuntimeError(

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-import headwater
+from headwater.extractor.budget import check_resources
+from headwater.extractor.maker import made_by
 from headwater.extractor.model.weights import Checkpoint
-from headwater.extractor.plan import Plan, check_resources, make_plan
+from headwater.extractor.plan import Plan
+from headwater.extractor.progress import Observer, Progress, silent
 from headwater.extractor.request import RunConfig, fingerprint
 from headwater.extractor.text.source import Source, check_rows
 from headwater.extractor.text.table import LOWEST, DocumentWriter, sequence_labels
-from headwater.kernels.cpu import products
-from headwater.store.entry import MADE_BY
 from headwater.store.files import to_json
 from headwater.store.layout import array_metadata
 from headwater.store.manifest import (
@@ -33,7 +30,9 @@ from headwater.store.manifest import (
     write_metadata,
     write_static,
 )
-from headwater.store.place import place_of
+from headwater.store.place import Place
+from headwater.store.publish import publish
+from headwater.store.scratch import scratch_folder
 
 FILES = ("zarr.json", "documents.parquet", "documents.parquet.loose", "tokenizer.json")
 COORDINATES = (
@@ -51,28 +50,40 @@ TEXT_ARRAYS = ("tokens", "length", "row_start", "document", "offset")
 
 
 def commit_text(
-    config: RunConfig,
+    run: Place,
+    source: Source,
+    plan: Plan,
     checkpoint: Checkpoint,
-    run: Path,
-    progress: Callable[[int], None] | None = None,
+    observe: Observer = silent,
+    check: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Tokenise the whole text into the run and write its metadata and manifest; the caller holds the lock.
 
-    `progress` is called with the number of rows so far.
+    `plan` need not be sized. For a run in an object store all is made in a scratch directory first. `check` raises
+    LockedError once the lock is lost: after hours of tokenising, what was begun there is another's. `observe` is told
+    the number of rows so far.
     """
-    source = Source(config, checkpoint.config, checkpoint.tokenizer)
-    plan = make_plan(config, checkpoint.config, source.geometry, 1)
+    if run.remote is None:
+        assert run.local is not None
+        return _commit_here(run.local, source, plan, checkpoint, observe)
+    with scratch_folder("hw-text-") as folder:
+        (folder / "run").mkdir()
+        manifest = _commit_here(folder / "run", source, plan, checkpoint, observe)
+        check()
+        publish(folder / "run", run.remote, manifest)
+    return manifest
+
+
+def _commit_here(
+    run: Path, source: Source, plan: Plan, checkpoint: Checkpoint, observe: Observer
+) -> Manifest:
+    """Write stage 0 into a directory, after a note of all that it may make: a later process takes it back by that."""
     clear_unfinished(run)
-    names = [
-        *FILES,
-        *TEXT_ARRAYS,
-        *COORDINATES,
-        *(f"label_{name}" for name in config.labels),
-        "complete",
-    ]
-    mark_unfinished(run, names + [spec.name for spec in plan.arrays])
+    labels = [f"label_{name}" for name in plan.request.labels]
+    sites = [spec.name for spec in plan.arrays]
+    mark_unfinished(run, [*FILES, *TEXT_ARRAYS, *COORDINATES, *labels, "complete", *sites])
     try:
-        return _commit(config, checkpoint, source, run, progress)
+        return _commit(run, source, plan, checkpoint, observe)
     except Exception:
         if not manifest_path(run).exists():
             clear_unfinished(run)
@@ -80,19 +91,16 @@ def commit_text(
 
 
 def _commit(
-    config: RunConfig,
-    checkpoint: Checkpoint,
-    source: Source,
-    run: Path,
-    progress: Callable[[int], None] | None,
+    run: Path, source: Source, plan: Plan, checkpoint: Checkpoint, observe: Observer
 ) -> Manifest:
+    request = plan.request
     statics: dict[str, list[int]] = {}
-    arrays = _text_arrays(run, source.geometry.seq_len)
-    table = DocumentWriter(run / "documents.parquet", config.labels) if source.packing else None
-    _spool(source, table, arrays, progress)
-    n = check_rows(arrays["tokens"].n, source)
-    plan = make_plan(config, checkpoint.config, source.geometry, n)
-    check_resources(plan, place_of(config.out))
+    arrays = _text_arrays(run, plan.geometry.seq_len)
+    table = DocumentWriter(run / "documents.parquet", request.labels) if source.packing else None
+    _spool(source, table, arrays, observe)
+    plan = plan.sized(check_rows(arrays["tokens"].n, source))
+    check_resources(plan, request.out)
+
     metadata = {name: array.close() for name, array in arrays.items()}
     if table is not None:
         _note(run, "documents.parquet", statics)
@@ -105,22 +113,24 @@ def _commit(
     mark = fingerprint(plan.canonical, checkpoint.digest, digest)
     metadata |= {spec.name: spec.metadata() for spec in plan.arrays}
     metadata["complete"] = array_metadata(
-        (n,), "bool", (plan.geometry.block,), None, 0, ("sequence",), {}
+        (plan.n_sequences,), "bool", (plan.geometry.block,), None, 0, ("sequence",), {}
     )
     metadata |= _coordinates(run, plan, statics)
-    write_metadata(run, metadata, _attributes(checkpoint, mark, config), statics)
+    write_metadata(run, metadata, _attributes(checkpoint, mark, request), statics)
+
+    # The manifest comes last, whole or not at all: with it the text is committed.
     manifest = Manifest(
-        mark,
-        plan.canonical,
-        describe_model(checkpoint, config),
-        source.describe() | {"digest": digest},
-        made_by(config.device),
-        n,
-        plan.geometry.seq_len,
-        plan.geometry.block,
-        plan.geometry.micro,
-        plan.arrays,
-        dict(sorted(statics.items())),
+        fingerprint=mark,
+        config=plan.canonical,
+        model=describe_model(checkpoint, request),
+        text=source.describe() | {"digest": digest},
+        made_by=made_by(request.device),
+        n_sequences=plan.n_sequences,
+        n_positions=plan.geometry.seq_len,
+        block=plan.geometry.block,
+        micro=plan.geometry.micro,
+        arrays=plan.arrays,
+        statics=dict(sorted(statics.items())),
     )
     write_manifest(run, manifest)
     return manifest
@@ -138,38 +148,6 @@ def describe_model(checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
         "config": sizes,
     }
     return described | ({"notes": list(checkpoint.notes)} if checkpoint.notes else {})
-
-
-def made_by(device: str = "cpu") -> dict[str, Any]:
-    """Name the software and the kind of processor: on one kind, the same request gives the same bytes."""
-    return {
-        "headwater": headwater.__version__,
-        "torch": torch.__version__,
-        "processor": processor(device),
-        "products": products.library() if device == "cpu" else "torch",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def maker(device: str = "cpu") -> dict[str, str]:
-    """Return of `made_by` what decides a value's last bits."""
-    made = made_by(device)
-    return {what: str(made[what]) for what in MADE_BY}
-
-
-def processor(device: str = "cpu") -> str:
-    """Name the kind of processor, or the GPU, that the values come from."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(
-                (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
-            )
-    except OSError:
-        pass
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def tokens_digest(arrays: dict[str, PlainArray]) -> str:
@@ -196,14 +174,16 @@ def _spool(
     source: Source,
     table: DocumentWriter | None,
     arrays: dict[str, PlainArray],
-    progress: Callable[[int], None] | None,
+    observe: Observer,
 ) -> None:
+    """Write all rows as they come; the table of documents is closed with them, or given up."""
+    progress = Progress("text")
     try:
         for batch in source.rows(table):
             for name in TEXT_ARRAYS:
                 arrays[name].append(getattr(batch, name))
-            if progress is not None:
-                progress(arrays["tokens"].n)
+            progress.rows = arrays["tokens"].n
+            observe(progress)
     except BaseException:
         if table is not None:
             table.__exit__(RuntimeError, None, None)

@@ -9,13 +9,12 @@ from headwater.cli.progress import Reporter
 from headwater.extractor import run as extractor
 
 if TYPE_CHECKING:
+    from headwater.extractor.progress import Observer
     from headwater.extractor.request import RunConfig
     from headwater.store.reader import Run
 
 
-def extract(
-    config: RunConfig, observe: extractor.Observer | None = None, *, progress: bool = True
-) -> Run:
+def extract(config: RunConfig, observe: Observer | None = None, *, progress: bool = True) -> Run:
     """Make a run, or go on with the one at `config.out`; return it for reading.
 
     Blocks that are committed are not computed again, so a finished run is left as it is. Progress goes to standard

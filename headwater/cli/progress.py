@@ -12,7 +12,7 @@ from headwater.extractor.units import count, show_bytes
 
 if TYPE_CHECKING:
     from headwater.analysis.engine.scan import ScanProgress
-    from headwater.extractor.run import Progress
+    from headwater.extractor.progress import Progress
 
 PLAIN_SECONDS = 10.0
 REDRAW_SECONDS = 0.1

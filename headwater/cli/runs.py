@@ -28,8 +28,9 @@ SHOWN_RANGES = 8
 
 def run_plan(options: Any) -> int:
     """Print the plan of an extraction, then refuse it where it cannot fit."""
+    from headwater.extractor.budget import check_resources, free_disk
     from headwater.extractor.limits import device_bytes, find_rates, project, read_rates
-    from headwater.extractor.plan import available_memory, check_resources, free_disk
+    from headwater.extractor.machine import available_memory
     from headwater.extractor.run import plan_run
     from headwater.extractor.sites import SITES, SQUARE
     from headwater.store.manifest import check_target

@@ -34,7 +34,7 @@ def text_lines(text: dict[str, Any]) -> list[str]:
 
 def print_plan(plan: Plan, free: int, memory: int) -> None:
     """Print each array with its bytes, what the run needs and what there is, and what a reader should know."""
-    from headwater.extractor.plan import ENDLESS
+    from headwater.extractor.budget import ENDLESS
 
     shape = plan.geometry
     sizes = plan.array_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from headwater.extractor import plan
+from headwater.extractor import budget as plan
 from headwater.store import lock
 from headwater.store.shard import ShardWriter
 

@@ -19,7 +19,7 @@ import pytest
 
 import headwater
 from headwater.cli.progress import ByteReporter, Line, Reporter
-from headwater.extractor.run import Progress
+from headwater.extractor.progress import Progress
 from headwater.store.reader import open_run
 
 COMMAND = [sys.executable, "-m", "headwater"]

@@ -10,7 +10,8 @@ import pytest
 
 from headwater.cli.progress import Reporter
 from headwater.extractor.cluster.members import Roster, by_worker, straggler
-from headwater.extractor.run import Progress, extract
+from headwater.extractor.progress import Progress
+from headwater.extractor.run import extract
 from headwater.store.ledger import Entry, Ledger
 
 

@@ -16,15 +16,16 @@ import pytest
 
 import headwater
 from headwater.benchmarks import faults
-from headwater.extractor import plan as planning
+from headwater.extractor import budget
+from headwater.extractor import pool as pools
 from headwater.extractor import run as driver
+from headwater.extractor.block import Worker
 from headwater.extractor.cluster.in_flight import Outcome, Seat, Seats
 from headwater.extractor.cluster.pool import DEATHS_IN_A_ROW, BlocksFailed, RayPool
 from headwater.extractor.cluster.ray import WorkersLost
 from headwater.extractor.model.forward_device import load_model
 from headwater.extractor.model.weights import load_checkpoint
 from headwater.extractor.sites import RequestError
-from headwater.extractor.worker import Worker
 from headwater.store.files import json_sum
 from headwater.store.ledger import Entry, Ledger
 from headwater.store.manifest import read_manifest
@@ -41,6 +42,7 @@ from headwater.extractor.request import make_config
 from headwater.extractor.cluster.weights import published
 from headwater.extractor.model.weights import load_checkpoint
 from headwater.store.manifest import RunError
+from headwater.store.place import place_of
 config = json.loads(sys.argv[1])
 run, checkpoint = place_of(config["out"]), load_checkpoint(config["model"])
 (run / "headwater/tmp/nonce").touch()
@@ -86,7 +88,7 @@ def test_an_orphan_of_the_same_pid_cannot_commit_what_another_writes(begun, case
     manifest, checkpoint = read_manifest(run), load_checkpoint(begun.model)
     model = load_model(checkpoint, begun.compute, begun.device)
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    plan = driver.plan_of(begun, checkpoint, manifest)
+    plan = driver.plan_of(begun, checkpoint.config, manifest)
     orphan, worker = Worker(run, manifest, plan, model), Worker(run, manifest, plan, model)
     finish_orphan, finish = orphan.writer.finish, worker.writer.finish
     made = []
@@ -209,10 +211,10 @@ def test_a_full_temporary_directory_costs_a_worker_not_the_run(begun):
 def test_memory_is_asked_for_once_and_on_a_cluster_not_of_the_driver(case, tmp_path, monkeypatch):
     config = replace(case[0], out=str(tmp_path / "run"), workers=6)
     needed = driver.plan_run(config).host_bytes
-    monkeypatch.setattr(planning, "available_memory", lambda: needed)
-    monkeypatch.setattr(driver, "_on_ray", driver._in_process)
+    monkeypatch.setattr(budget, "available_memory", lambda: needed)
+    monkeypatch.setattr(driver, "open_pool", lambda *of, notify=None: pools._in_process(*of[:4]))
     assert headwater.extract(config).complete.all()
-    monkeypatch.setattr(planning, "available_memory", lambda: 1)
+    monkeypatch.setattr(budget, "available_memory", lambda: 1)
     on_cluster = replace(config, out=str(tmp_path / "ray"), ray="auto")
     assert headwater.extract(on_cluster).complete.all()
     with pytest.raises(RequestError, match="of memory, but"):

@@ -328,7 +328,7 @@ def test_means_prompts_and_noise(on_disk):
 
 def test_an_edited_run_is_a_run(on_disk, cli, monkeypatch):
     """It resumes by its name alone, knows its edits, and is not taken for another."""
-    from headwater.extractor.worker import Worker
+    from headwater.extractor.block import Worker
 
     np.save(on_disk.home / "direction.npy", HALF)
     edits = [

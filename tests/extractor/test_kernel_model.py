@@ -6,7 +6,7 @@ import torch
 
 import headwater
 from headwater.benchmarks.faults import contents
-from headwater.extractor import run as run_module
+from headwater.extractor import pool as run_module
 from headwater.extractor.capture import OverflowFound
 from headwater.extractor.in_memory import run_in_memory
 from headwater.extractor.model import transfer as transfer_module

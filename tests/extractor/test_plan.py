@@ -14,14 +14,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from headwater.extractor import budget as module
 from headwater.extractor import machine
-from headwater.extractor import plan as module
+from headwater.extractor.budget import check_resources, free_disk
+from headwater.extractor.machine import available_memory
 from headwater.extractor.model.weights import ModelConfig
 from headwater.extractor.plan import (
     Geometry,
-    available_memory,
-    check_resources,
-    free_disk,
     geometry,
     make_plan,
 )

@@ -17,7 +17,8 @@ from headwater.benchmarks import faults
 from headwater.extractor import resume as same_request
 from headwater.store import files
 from headwater.store.ledger import Ledger, LedgerError
-from headwater.store.manifest import RunError
+from headwater.store.manifest import RunError, read_manifest
+from headwater.store.place import place_of
 from headwater.store.shard import ShardWriter
 from headwater.store.verify import verify
 
@@ -169,7 +170,7 @@ def test_a_manifest_says_of_a_request_what_text_it_is(made, tmp_path):
     extra = {"ray": "ray://elsewhere:10001", "out": str(tmp_path / "other"), "later": 1}
     change_manifest(run, lambda raw: raw["text"]["request"].update(extra))
     asked = headwater.RunConfig(out=str(run))
-    found = same_request.stored_request(asked, run)
+    found = same_request.stored_request(asked, place_of(run), read_manifest(run))
     assert (found.out, found.ray, found.text) == (str(run), None, made[0].text)
     assert headwater.extract(asked).path == run
     change_manifest(run, lambda raw: raw["config"].update(later=1))

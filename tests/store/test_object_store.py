@@ -25,9 +25,9 @@ import headwater
 from headwater.analysis.engine.scan import Scan
 from headwater.analysis.measures.cosine import cosine
 from headwater.benchmarks import faults
-from headwater.extractor import run as driver
 from headwater.extractor.cluster.weights import published
 from headwater.extractor.model.weights import load_checkpoint
+from headwater.extractor.text import commit
 from headwater.store import lease, objects, publish
 from headwater.store.ledger import Ledger
 from headwater.store.manifest import RunError, read_manifest
@@ -299,12 +299,12 @@ def test_an_interrupted_text_is_committed_anew(s3, made, monkeypatch):
             (run / name).write_bytes(b"of another text")
         raise Stop
 
-    monkeypatch.setattr(driver, "publish", fail)
+    monkeypatch.setattr(commit, "publish", fail)
     with pytest.raises(Stop):
         headwater.extract(config)
     with pytest.raises(RunError, match="its text was never committed"):
         headwater.open_run(config.out)
-    monkeypatch.setattr(driver, "publish", publish.publish)
+    monkeypatch.setattr(commit, "publish", publish.publish)
     headwater.extract(config)
     assert contents(config.out) == expected and not left_over(config.out)
 

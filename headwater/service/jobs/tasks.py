@@ -22,7 +22,7 @@ MODEL_BYTES = 640 << 20  # torch itself, which analyses that run the model load
 
 def plan_extract(document: Document, progress: Progress) -> Any:
     """Price an extraction: bytes of each array and of memory, as `headwater plan` does; refuse what cannot fit."""
-    from headwater.extractor.plan import check_resources, free_disk
+    from headwater.extractor.budget import check_resources, free_disk
     from headwater.extractor.run import plan_rest, plan_run
     from headwater.store.manifest import check_target, manifest_path
     from headwater.store.place import place_of

@@ -12,6 +12,7 @@ import torch
 
 from headwater.extractor.capture import CaptureTap
 from headwater.extractor.edits.apply import Editor
+from headwater.extractor.maker import maker
 from headwater.extractor.model.batch import Batch, make_batch, padded
 from headwater.extractor.model.device_tap import DeviceTap
 from headwater.extractor.model.forward import Model
@@ -20,7 +21,6 @@ from headwater.extractor.model.transfer import Transfer, ring_capacity
 from headwater.extractor.plan import Plan
 from headwater.extractor.selection import Selection
 from headwater.extractor.sites import SITES
-from headwater.extractor.text.commit import maker
 from headwater.store.layout import sequence_bytes, tile_edge
 from headwater.store.ledger import Entry
 from headwater.store.manifest import Manifest
@@ -57,7 +57,7 @@ class Worker:
         self.writer = self._stack.enter_context(
             open_writer(run, manifest.arrays, manifest.block, n_threads)
         )
-        self._text = open_run(run)
+        self._text = open_run(run, manifest=manifest)
         shape = (manifest.block, padded(manifest.n_positions), model.config.d_model)
         self._stream = torch.empty(shape, dtype=model.stream, device=model.device)
         self._maker = maker(str(model.device))
@@ -77,7 +77,7 @@ class Worker:
             self.plan.selection,
             specs,
             self.writer,
-            self.plan.canonical["top_k"] or 1,
+            self.plan.top_k,
             self.keep_overflow,
         )
         tap = host if self._transfer is None else DeviceTap(host, self._transfer, self.model.device)

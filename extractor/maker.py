@@ -1,0 +1,43 @@
+"""What computes here: software and processor, as far as they decide a value's last bits."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import suppress
+from datetime import UTC, datetime
+
+import torch
+
+from headwater.kernels.cpu import products
+from headwater.store.entry import MADE_BY
+from headwater.store.version import __version__
+
+
+def made_by(device: str = "cpu") -> dict[str, object]:
+    """Name the software and the kind of processor: on one kind, the same request gives the same bytes."""
+    return {
+        "headwater": __version__,
+        "torch": torch.__version__,
+        "processor": processor(device),
+        "products": products.library() if device == "cpu" else "torch",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def maker(device: str = "cpu") -> dict[str, str]:
+    """Return of `made_by` what decides a value's last bits."""
+    made = made_by(device)
+    return {what: str(made[what]) for what in MADE_BY}
+
+
+def processor(device: str = "cpu") -> str:
+    """Name the kind of processor, or the GPU, that the values come from."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+                break
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

@@ -1,0 +1,3 @@
+"""The version of Headwater, where everything can read it; users see it as `headwater.__version__`."""
+
+__version__ = "0.1.0"
