@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from headwater.benchmarks import base, page
+from headwater.benchmarks import page
+from headwater.benchmarks.lib import base
 from headwater.benchmarks.registry import BENCHMARKS, TESTS, load
 from headwater.cli.entry import settle_threads
 

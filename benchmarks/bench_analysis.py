@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headwater.benchmarks.analysis_cases import (
+from headwater.benchmarks.lib.analysis_cases import (
     CASES,
     Figures,
     K,
@@ -34,8 +34,8 @@ from headwater.benchmarks.analysis_cases import (
     middle,
     read,
 )
-from headwater.benchmarks.measure import write_csv
-from headwater.benchmarks.synthetic import make_run
+from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.synthetic import make_run
 from headwater.store.reader import Run, open_run
 
 CACHED = ", cached"

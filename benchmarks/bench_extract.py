@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwater.benchmarks.measure import gemm_rate, interleave, ratio, write_csv
+from headwater.benchmarks.lib.measure import gemm_rate, interleave, ratio, write_csv
 from headwater.extractor.block import Worker
 from headwater.extractor.in_memory import capture
 from headwater.extractor.model.batch import make_batch
@@ -119,7 +119,7 @@ def peak_memory(
     plan = subprocess.run(
         [*command, "plan", *flags, "--json"], check=True, capture_output=True, text=True
     ).stdout
-    code = "import sys; from headwater.benchmarks.measure import peak_bytes; from headwater.cli.entry import main; "
+    code = "import sys; from headwater.benchmarks.lib.measure import peak_bytes; from headwater.cli.entry import main; "
     code += "assert main(sys.argv[1:]) == 0; print(peak_bytes())"
     done = subprocess.run(
         [sys.executable, "-c", code, "extract", *flags], check=True, capture_output=True, text=True

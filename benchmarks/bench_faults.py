@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.benchmarks import bench_fuzz, bench_serve, faults, flips, fuzz_cases, kill
-from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks import bench_fuzz, bench_serve
+from headwater.benchmarks.breaking import faults, flips, fuzz_cases, kill
+from headwater.benchmarks.lib.measure import write_csv
 from headwater.benchmarks.page import put_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
@@ -98,7 +99,7 @@ def try_disk(scale: Scale) -> list[Row]:
         command = [
             sys.executable,
             "-m",
-            "headwater.benchmarks.crash",
+            "headwater.benchmarks.breaking.crash",
             "--jobs",
             str(scale.jobs),
             *flags,

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from headwater.benchmarks import faults, fuzz_cases
-from headwater.benchmarks.measure import write_csv
-from headwater.benchmarks.serving import memory_of
+from headwater.benchmarks.breaking import faults, fuzz_cases
+from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.serving import memory_of
 from headwater.cli import entry as cli
 
 SECONDS = 30

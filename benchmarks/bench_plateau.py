@@ -22,7 +22,7 @@ from headwater.analysis.interventions.plateau_paths import make_path
 from headwater.analysis.interventions.prompts import Pair
 from headwater.analysis.interventions.replay import Replay
 from headwater.benchmarks.bench_extract import SIZES
-from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks.lib.measure import write_csv
 from headwater.extractor.model.batch import make_batch
 from headwater.extractor.model.forward import Model, NoTap
 from headwater.extractor.model.weights import Checkpoint, ModelConfig

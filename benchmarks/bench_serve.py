@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 import headwater
-from headwater.benchmarks import faults
-from headwater.benchmarks.measure import write_csv
-from headwater.benchmarks.serving import Server, ask_and_wait, memory_of
+from headwater.benchmarks.breaking import faults
+from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.serving import Server, ask_and_wait, memory_of
 from headwater.service.client import Client
 from headwater.store.entry import Entry, encode
 from headwater.store.ledger import Ledger

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from headwater.benchmarks.measure import interleave, write_csv
+from headwater.benchmarks.lib.measure import interleave, write_csv
 
 GOALS = {"headwater --help": 0.25, "import headwater": 0.1, "extract": 3.0}
 TEXT = "Water runs downhill, and the headwater is where it starts. " * 20

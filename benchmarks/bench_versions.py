@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from headwater.benchmarks.environments import cache_folder
+from headwater.benchmarks.peers.environments import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from headwater.benchmarks.bench_extract import SIZES, STATISTICS, make_model
-from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks.lib.measure import write_csv
 from headwater.extractor.cluster.members import busy_seconds
 from headwater.extractor.request import RunConfig
 from headwater.extractor.run import Progress, extract

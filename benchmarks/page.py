@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from headwater.benchmarks.bars import bars
+from headwater.benchmarks.lib.bars import bars
 from headwater.benchmarks.registry import BENCHMARKS, RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -33,7 +33,8 @@ transformers' plain SDPA forward of the same ids, which captures and stores noth
 in the same minutes; 1.0 means that capturing and storing cost nothing. All models are random GPT-2 small in float32;
 states and patterns are stored as float16, statistics as float32. What each peer stored was read back and compared with
 float64 first, |a − b| ≤ 1e-4 + 1e-3 · |b|. `python -m headwater.benchmarks peers` repeats it in an environment for each
-peer, which it makes; [the drivers](../benchmarks/peers) are what was run. What is not here was not measured yet.
+peer, which it makes; [the drivers](../benchmarks/peers/drivers) are what was run. What is not here was not
+measured yet.
 """
 
 

@@ -21,34 +21,37 @@ BENCHMARKS = {
         "bench_fuzz",
         "every parser of foreign files handed spoiled inputs: no traceback, no code run, bounded",
     ),
-    "gpu": ("bench_gpu", "extraction on a GPU to disk against forward passes that capture nothing"),
+    "gpu": (
+        "gpu.bench_gpu",
+        "extraction on a GPU to disk against forward passes that capture nothing",
+    ),
     "inverted": (
-        "train_inverted_heads",
+        "training.train_inverted_heads",
         "toy models whose two heads must rank tokens in opposite orders",
     ),
     "peers": (
-        "bench_peers",
+        "peers.bench_peers",
         "the same captures by transformers, TransformerLens, nnsight, SAELens and Headwater",
     ),
     "survive": (
-        "bench_survive",
+        "peers.bench_survive",
         "what is left of captures that are killed, and what running them again does",
     ),
     "store": (
-        "bench_store",
+        "storage.bench_store",
         "write, stream and pick from one array: Headwater, zarr-python, zarrs, tensorstore, h5py …",
     ),
     "kernels": (
-        "bench_kernels",
+        "gpu.bench_kernels",
         "the kernels on a GPU against eager, SDPA and flash; --static without a GPU",
     ),
     "serve": (
         "bench_serve",
         "a server: 200 readers beside a job, 20 kills, a run of 100 GB opened",
     ),
-    "shard": ("bench_shard", "the shard writer against raw writes and other libraries"),
+    "shard": ("storage.bench_shard", "the shard writer against raw writes and other libraries"),
     "ledger": (
-        "bench_ledger",
+        "storage.bench_ledger",
         "opening a ledger of a million entries, and planning as many blocks",
     ),
     "plateau": (

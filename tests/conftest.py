@@ -372,7 +372,7 @@ def cli(capsys):
 def many_blocks(tmp_path_factory, tiny_gpt2):
     """The request of a run of 16 blocks, and the bytes of that run as one process makes them."""
     import headwater
-    from headwater.benchmarks.faults import contents
+    from headwater.benchmarks.breaking.faults import contents
 
     home = tmp_path_factory.mktemp("blocks")
     np.save(home / "ids.npy", np.random.default_rng(5).integers(0, 200, (32, 32)).astype(np.int32))

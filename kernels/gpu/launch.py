@@ -2,7 +2,7 @@
 
 On sm_90 the rows of the pattern, and of every kernel in 16 bits at d_head 64, are the fastest of some 50 candidates on
 an H100: `python -m headwater.benchmarks kernels --retune`. The others follow what the compiler reports, not the clock:
-`python -m headwater.benchmarks.aot --choose` proposes the largest blocks that don't spill and fit a multiprocessor
+`python -m headwater.benchmarks.gpu.aot --choose` proposes the largest blocks that don't spill and fit a multiprocessor
 twice; rows were corrected by hand where the whole sweep found a spill; the other rows of sm_100 are those that sm_90
 began with, those of gfx942 copy sm_80 with one stage. benchmarks/results/kernels_aot.csv says what each compiles to.
 """

@@ -17,7 +17,7 @@ from headwater.analysis.measures.favourites import (
 from headwater.analysis.measures.favourites import _dataset as dataset_of
 from headwater.analysis.measures.head_rows import kendall, rest_keys
 from headwater.analysis.measures.heads import heads, inverted_pairs
-from headwater.benchmarks import train_inverted_heads as toy
+from headwater.benchmarks.training import train_inverted_heads as toy
 from headwater.extractor.model.weights import load_checkpoint
 
 ORDERS = ((4.0, 3.0, 2.0, 1.0), (1.0, 2.0, 3.0, 4.0))

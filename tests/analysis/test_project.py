@@ -8,7 +8,7 @@ import pytest
 import headwater
 from headwater.analysis.measures.project import project
 from headwater.analysis.measures.svd import svd
-from headwater.benchmarks.faults import contents
+from headwater.benchmarks.breaking.faults import contents
 from headwater.store.manifest import RunError
 
 

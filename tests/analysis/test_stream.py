@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import headwater
-from headwater.benchmarks.synthetic import make_run
+from headwater.benchmarks.lib.synthetic import make_run
 from headwater.store.manifest import RunError
 
 ROOT = Path(__file__).parents[2]

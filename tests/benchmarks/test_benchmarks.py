@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from headwater.benchmarks import __main__ as benchmarks
-from headwater.benchmarks import bench_analysis, bench_extract, bench_shard, bench_start, measure
+from headwater.benchmarks import bench_analysis, bench_extract, bench_start
+from headwater.benchmarks.lib import measure
 from headwater.benchmarks.registry import BENCHMARKS, load
+from headwater.benchmarks.storage import bench_shard
 
 
 def test_every_benchmark_explains_itself(capsys):
@@ -48,7 +50,7 @@ def test_start_measures_whole_processes(tmp_path, monkeypatch):
 
 def test_analysis_measures_memory_speed_and_error(tmp_path):
     """In this process, so that the suite does not start ten; ratios are those of a tiny run and say nothing."""
-    from headwater.benchmarks.synthetic import make_run
+    from headwater.benchmarks.lib.synthetic import make_run
 
     run = make_run(tmp_path, 12 * 8 * 64 * 32 * 2, 7, 32, 64)
     sigma, consecutive = bench_analysis.exact_sigma(run), bench_analysis.exact_consecutive(run)

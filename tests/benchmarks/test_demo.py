@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from headwater.benchmarks import demo_card, train_demo
-from headwater.benchmarks.demo_text import N_CTX
+from headwater.benchmarks.training import demo_card, train_demo
+from headwater.benchmarks.training.demo_text import N_CTX
 from headwater.extractor.model.hub import locate
 from headwater.extractor.model.weights import load_checkpoint
 

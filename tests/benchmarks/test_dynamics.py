@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from headwater.benchmarks import train_dynamics
-from headwater.benchmarks.train_dynamics import Adam, Sizes, Task, losses, make_model, measure
+from headwater.benchmarks.training import train_dynamics
+from headwater.benchmarks.training.train_dynamics import (
+    Adam,
+    Sizes,
+    Task,
+    losses,
+    make_model,
+    measure,
+)
 
 TINY = Sizes(
     n_layer=2, n_embd=8, length=16, d_vocab=16, batch=4, steps=4, more=4, warmup=2, every=2

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from headwater.benchmarks import bench_fuzz, fuzz_cases
+from headwater.benchmarks import bench_fuzz
+from headwater.benchmarks.breaking import fuzz_cases
 
 HOSTILE = {"checkpoint", "weights_bin", "manifest", "planted_names", "job", "arrow", "compressed"}
 

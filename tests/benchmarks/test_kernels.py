@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from headwater.benchmarks import bench_kernels, kernels_static, retune
-from headwater.benchmarks.sass import pipe_of, product_loops, tile_instructions
+from headwater.benchmarks.gpu import bench_kernels, kernels_static, retune
+from headwater.benchmarks.gpu.sass import pipe_of, product_loops, tile_instructions
 from headwater.kernels.gpu.launch import Config, lookup, parse
 
 TINY = [

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from headwater.benchmarks import base, measure, page
+from headwater.benchmarks import page
+from headwater.benchmarks.lib import base, measure
 
 ROOT = Path(__file__).parents[2]
 ROW = {

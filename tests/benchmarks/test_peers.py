@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headwater.benchmarks import (
+from headwater.benchmarks.lib import limits
+from headwater.benchmarks.peers import (
     bench_peers,
-    bench_store,
     bench_survive,
     environments,
-    limits,
     peer_inputs,
     survive,
     truth,
 )
-from headwater.benchmarks.peers import serve
+from headwater.benchmarks.peers.drivers import serve
+from headwater.benchmarks.storage import bench_store
 
 HERE = [peer for peer in environments.PEERS if not peer.packages]
 

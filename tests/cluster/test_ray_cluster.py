@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import headwater
-from headwater.benchmarks.faults import contents
+from headwater.benchmarks.breaking.faults import contents
 from headwater.extractor.cluster import in_flight as seats
 from headwater.extractor.cluster.ray import WorkersLost
 from headwater.extractor.run import extract

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headwater.benchmarks.faults import contents
+from headwater.benchmarks.breaking.faults import contents
 from headwater.extractor.cluster import pool as ray_pool
 from headwater.extractor.cluster import ray as ray_cluster
 from headwater.extractor.cluster.pool import RayPool

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.extractor import budget
 from headwater.extractor import pool as pools
 from headwater.extractor import run as driver

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import headwater
-from headwater.benchmarks.faults import contents
+from headwater.benchmarks.breaking.faults import contents
 from headwater.extractor import pool as run_module
 from headwater.extractor.capture import OverflowFound
 from headwater.extractor.in_memory import run_in_memory

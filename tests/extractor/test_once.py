@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.extractor import resume
 from headwater.extractor import run as driver
 from headwater.extractor.plan import make_plan

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.extractor import resume as same_request
 from headwater.store import files
 from headwater.store.ledger import Ledger, LedgerError

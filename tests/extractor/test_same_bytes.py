@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headwater
-from headwater.benchmarks.faults import contents
+from headwater.benchmarks.breaking.faults import contents
 from headwater.extractor import plan as plan_module
 from headwater.extractor.sites import SITES
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.extractor import tokenizer as tokenizer_module
 from headwater.extractor.text import rows as tokens_module
 from headwater.extractor.text.documents import Document

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from headwater.benchmarks import count_bytes, naive_kernels
+from headwater.benchmarks.gpu import count_bytes, naive_kernels
 from headwater.kernels.gpu import blocks, column_mass
 from headwater.kernels.gpu import pattern as attention_pattern
 from headwater.kernels.gpu.launch import Config

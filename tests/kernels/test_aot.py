@@ -10,8 +10,9 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter doesn't compile", allow_module_level=True)
 
-from headwater.benchmarks import aot_cases  # noqa: E402
-from headwater.benchmarks.aot import _cuobjdump, row  # noqa: E402
+from headwater.benchmarks.gpu import aot_cases  # noqa: E402
+from headwater.benchmarks.gpu.aot import _cuobjdump, row  # noqa: E402
+from headwater.benchmarks.registry import RESULTS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not Path(_cuobjdump()).exists(), reason="this Triton carries no cuobjdump"
@@ -58,7 +59,7 @@ def test_a_budget_that_is_broken_is_said():
 
 
 def test_committed_results_are_of_this_table():
-    results = Path(aot_cases.__file__).parent / "results" / "kernels_aot.csv"
+    results = RESULTS / "kernels_aot.csv"
     with results.open() as file:
         lines = list(csv.DictReader(file))
     made = aot_cases.compile_case(COVER[0])
@@ -87,5 +88,5 @@ def test_committed_results_are_of_this_table():
             f"{c.block_m}x{c.block_n}" if c.block_n else str(c.block_m),
             str(c.warps),
             str(c.stages),
-        ) in names, f"run python -m headwater.benchmarks.aot --all: {case.name}"
+        ) in names, f"run python -m headwater.benchmarks.gpu.aot --all: {case.name}"
     assert not [x for x in lines if x["faults"]]

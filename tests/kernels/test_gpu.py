@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from headwater.benchmarks import bench_kernels
+from headwater.benchmarks.gpu import bench_kernels
 from headwater.extractor.in_memory import run_in_memory
 from headwater.extractor.model.forward_device import KernelModel
 from headwater.extractor.plan import Geometry, make_plan

@@ -14,7 +14,7 @@ import zarr
 import headwater
 from headwater.analysis.engine.results import kept_results, save
 from headwater.analysis.measures.sinks import sinks
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.lib.serving import Server
 from headwater.service.catalog import Catalog
 from headwater.service.settings import make_settings
 

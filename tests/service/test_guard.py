@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.lib.serving import Server
 from headwater.cli.entry import main
 from headwater.service.client import Client
 from headwater.service.guard import Guard

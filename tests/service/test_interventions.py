@@ -11,7 +11,7 @@ import pytest
 
 import headwater
 from headwater.analysis.engine.results import load
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.lib.serving import Server
 from headwater.service.jobs.pool import WorkerProcess
 from headwater.store.files import json_sum
 

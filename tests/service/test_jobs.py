@@ -12,8 +12,8 @@ import pytest
 
 import headwater
 from headwater.analysis.suite.registry import ENTRIES
-from headwater.benchmarks.faults import contents
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.breaking.faults import contents
+from headwater.benchmarks.lib.serving import Server
 from headwater.service.jobs.analysis_options import Options
 from headwater.service.jobs.requests import PLACES, PLAIN, REFUSED
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater.benchmarks.serving import Server, ask_and_wait, memory_of
+from headwater.benchmarks.lib.serving import Server, ask_and_wait, memory_of
 
 LIMITS = {
     "connections": 40,

@@ -20,8 +20,8 @@ import zarr
 import headwater
 from headwater.analysis.engine.results import load, save
 from headwater.analysis.measures.sinks import sinks
-from headwater.benchmarks.faults import contents
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.breaking.faults import contents
+from headwater.benchmarks.lib.serving import Server
 from headwater.service.catalog import Catalog
 from headwater.service.data.figures import make_figure, thumbnails
 from headwater.service.settings import make_settings

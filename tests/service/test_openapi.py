@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 import headwater
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.lib.serving import Server
 
 CHECKS = [
     not_a_server_error,

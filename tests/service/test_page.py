@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.lib.serving import Server
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.lib.serving import Server
 from headwater.service.jobs.table import JobQueue
 
 

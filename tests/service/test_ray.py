@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import headwater
-from headwater.benchmarks.faults import contents
-from headwater.benchmarks.serving import Server
+from headwater.benchmarks.breaking.faults import contents
+from headwater.benchmarks.lib.serving import Server
 
 
 @pytest.fixture(scope="module")

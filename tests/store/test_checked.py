@@ -24,7 +24,7 @@ from headwater.analysis.engine.results import (
     set_aside,
 )
 from headwater.analysis.suite.analyze import analyze
-from headwater.benchmarks import faults, flips
+from headwater.benchmarks.breaking import faults, flips
 from headwater.extractor.run import extract
 from headwater.service.data.results import read_result
 from headwater.service.data.slices import read_slice

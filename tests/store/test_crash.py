@@ -1,6 +1,7 @@
 """Crashes, failing disks, lost power and kill -9 at any moment: nothing wrong is read, and resume gives equal bytes.
 
-The trials live in benchmarks/crash.py, power.py and kill.py, which can try every operation; here a part of them runs.
+The trials live in benchmarks/breaking (crash.py, power.py and kill.py), which can try every operation; here a part
+of them runs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 
 FLAWED = """
 import sys
-from headwater.benchmarks import crash
+from headwater.benchmarks.breaking import crash
 from headwater.store import writer
 finish = writer.BlockWriter.finish
 def too_early(self):
@@ -27,7 +28,7 @@ sys.exit(crash.main(sys.argv[2:]))
 """
 
 
-def trials(*arguments, start=("-m", "headwater.benchmarks.crash")):
+def trials(*arguments, start=("-m", "headwater.benchmarks.breaking.crash")):
     """Run the trials; return the exit code, how often each outcome was met, and the messages."""
     done = subprocess.run(
         [sys.executable, *start, *arguments], capture_output=True, text=True, timeout=600
@@ -66,6 +67,6 @@ def test_kill_9(tmp_path):
         "40",
         "--folder",
         str(tmp_path),
-        start=("-m", "headwater.benchmarks.kill"),
+        start=("-m", "headwater.benchmarks.breaking.kill"),
     )
     assert code == 0 and counts["killed"] == 4 and counts["wrong"] == 0, said

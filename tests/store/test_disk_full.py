@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.store.verify import verify
 
 LIMITED = "import resource, sys; from headwater.cli.entry import main; n = int(sys.argv[1])\n"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import headwater
-from headwater.benchmarks import faults
-from headwater.benchmarks.bench_ledger import fill, measure, measure_plan
+from headwater.benchmarks.breaking import faults
+from headwater.benchmarks.storage.bench_ledger import fill, measure, measure_plan
 from headwater.store.ledger import Entry, Ledger, LedgerError
 from headwater.store.segments import FOLDER
 from headwater.store.verify import repair, verify

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.store.lock import LockedError, hold, probe
 from headwater.store.verify import verify
 

@@ -24,7 +24,7 @@ import pytest
 import headwater
 from headwater.analysis.engine.scan import Scan
 from headwater.analysis.measures.cosine import cosine
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.extractor.cluster.weights import published
 from headwater.extractor.model.weights import load_checkpoint
 from headwater.extractor.text import commit

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.store.verify import verify
 
 SITES = ("resid", "mlp_pre", "attn_scores", "resid_norm", "loss")

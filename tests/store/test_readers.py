@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import headwater
-from headwater.benchmarks.synthetic import make_run
+from headwater.benchmarks.lib.synthetic import make_run
 from headwater.extractor.run import extract
 from headwater.store.manifest import RunError
 from headwater.store.rows import RowReader

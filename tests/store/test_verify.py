@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headwater
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.store.manifest import RunDamaged, RunError
 from headwater.store.verify import repair, verify
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks import faults
-from headwater.benchmarks.mutate import (
+from headwater.benchmarks.breaking import faults
+from headwater.benchmarks.breaking.mutate import (
     EXTREMES,
     json_bytes,
     mutate_bytes,

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from headwater.benchmarks.gpu.sass import PIPES, tile_instructions
 from headwater.benchmarks.page import put_table
-from headwater.benchmarks.sass import PIPES, tile_instructions
+from headwater.benchmarks.registry import RESULTS as RESULTS_FOLDER
 
-RESULTS = Path(__file__).resolve().parent / "results" / "kernels_static.csv"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+RESULTS = RESULTS_FOLDER / "kernels_static.csv"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 N_SEQUENCES = 16
 N_POSITIONS = 1024
 N_HEAD = 12
@@ -100,7 +101,7 @@ def every_row() -> Iterator[Row]:
 def count_all(rows: list[Row]) -> list[dict[str, int]]:
     """Return the bytes that each row moves, counted in a process that interprets Triton."""
     done = subprocess.run(
-        [sys.executable, "-m", "headwater.benchmarks.count_bytes"],
+        [sys.executable, "-m", "headwater.benchmarks.gpu.count_bytes"],
         check=True,
         capture_output=True,
         input="\n".join(row.request for row in rows),
@@ -125,9 +126,9 @@ def _tensor(value: Any) -> Any:
 
 def look_at(row: Row, moved: dict[str, int]) -> dict[str, Any]:
     """Compile a row and return its line of the table."""
-    from headwater.benchmarks.aot import compile_launch
-    from headwater.benchmarks.aot_cases import Case, blocks_per_multiprocessor, plan
-    from headwater.benchmarks.naive_kernels import VARIANTS, vary
+    from headwater.benchmarks.gpu.aot import compile_launch
+    from headwater.benchmarks.gpu.aot_cases import Case, blocks_per_multiprocessor, plan
+    from headwater.benchmarks.gpu.naive_kernels import VARIANTS, vary
     from headwater.kernels.gpu.launch import lookup
 
     dtype = getattr(torch, row.dtype)

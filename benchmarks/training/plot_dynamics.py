@@ -1,6 +1,6 @@
 """Draw docs/training-dynamics.svg from the table that train_dynamics.py writes.
 
-`python -m headwater.benchmarks.plot_dynamics`
+`python -m headwater.benchmarks.training.plot_dynamics`
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from headwater.analysis.suite import figures
 from headwater.benchmarks.registry import RESULTS
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "training-dynamics.svg"
+OUT = Path(__file__).resolve().parents[2] / "docs" / "training-dynamics.svg"
 ROWS = (("share_max", "share on the first token"), ("largest", "largest |x|"))
 LABELS = {
     "none": "moments kept",

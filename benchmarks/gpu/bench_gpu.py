@@ -26,7 +26,14 @@ from headwater.benchmarks.bench_extract import (
     make_model,
     stored_error,
 )
-from headwater.benchmarks.measure import gemm_rate, interleave, ratio, synchronize, timed, write_csv
+from headwater.benchmarks.lib.measure import (
+    gemm_rate,
+    interleave,
+    ratio,
+    synchronize,
+    timed,
+    write_csv,
+)
 from headwater.extractor.block import Worker
 from headwater.extractor.limits import device_bytes
 from headwater.extractor.model.batch import make_batch

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwater.benchmarks.measure import gemm_rate
+from headwater.benchmarks.lib.measure import gemm_rate
 
 PIECE = 8 << 20
 

@@ -1,9 +1,9 @@
 """Compile every kernel configuration that the launcher can choose, without a GPU, and read what became of it.
 
-`python -m headwater.benchmarks.aot --all` compiles everything and writes benchmarks/results/kernels_aot.csv; `--cover`
-compiles the covering set of the tests and writes nothing; `--choose` prints the launch table anew. Registers, spills,
-stack and shared memory come from the code object, instructions and store widths from its disassembly. Nothing here is a
-measurement on a device.
+`python -m headwater.benchmarks.gpu.aot --all` compiles everything and writes benchmarks/results/kernels_aot.csv;
+`--cover` compiles the covering set of the tests and writes nothing; `--choose` prints the launch table anew. Registers,
+spills, stack and shared memory come from the code object, instructions and store widths from its disassembly. Nothing
+here is a measurement on a device.
 """
 # mypy: ignore-errors
 
@@ -27,9 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from headwater.benchmarks.registry import RESULTS as RESULTS_FOLDER
 from headwater.kernels.gpu.program import Launch
 
-RESULTS = Path(__file__).parent / "results" / "kernels_aot.csv"
+RESULTS = RESULTS_FOLDER / "kernels_aot.csv"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -161,7 +162,7 @@ def _read_amd(made: Any, seconds: float) -> Compiled:
 
 def row(case: Any, made: Compiled) -> dict[str, Any]:
     """Return one line of the results."""
-    from headwater.benchmarks.aot_cases import blocks_per_multiprocessor, faults
+    from headwater.benchmarks.gpu.aot_cases import blocks_per_multiprocessor, faults
 
     c = case.config
     return {
@@ -199,10 +200,15 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile the cases asked for; return 1 where one breaks its budget."""
-    from headwater.benchmarks.aot_cases import choose_table, compile_case, cover_cases, table_cases
+    from headwater.benchmarks.gpu.aot_cases import (
+        choose_table,
+        compile_case,
+        cover_cases,
+        table_cases,
+    )
 
     parser = argparse.ArgumentParser(
-        prog="python -m headwater.benchmarks.aot", description=__doc__.split("\n\n")[0]
+        prog="python -m headwater.benchmarks.gpu.aot", description=__doc__.split("\n\n")[0]
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(

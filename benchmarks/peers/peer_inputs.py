@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from headwater.benchmarks.bench_extract import SIZES, make_model
-from headwater.benchmarks.truth import STATISTICS, Truth
+from headwater.benchmarks.peers.truth import STATISTICS, Truth
 
 
 @dataclass(frozen=True)

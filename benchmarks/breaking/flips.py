@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.store import layout, shard_file
 from headwater.store.entry import LedgerError
 from headwater.store.manifest import RunDamaged

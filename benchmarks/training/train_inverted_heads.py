@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks.lib.measure import write_csv
 
 READOUT = 0
 SIGNALS = (1, 2, 3, 4)

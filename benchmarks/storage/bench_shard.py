@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks.measure import interleave, ratio, write_csv
+from headwater.benchmarks.lib.measure import interleave, ratio, write_csv
 from headwater.store.layout import make_spec
 from headwater.store.ring import Slab
 from headwater.store.shard import ShardWriter, round_up

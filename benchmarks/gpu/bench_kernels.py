@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from headwater.benchmarks.measure import write_csv
+from headwater.benchmarks.lib.measure import write_csv
 from headwater.kernels.attention import attention
 from headwater.kernels.gpu.launch import HEAD_SIZES
 from headwater.kernels.output import AttentionOutput, ResidualOutput
@@ -45,7 +45,7 @@ NO_GPU = """No CUDA device here, so nothing can be timed: every figure of the ke
 
 What can be had without one:
   python -m headwater.benchmarks kernels --static        instructions, registers, bytes counted, a model of time
-  python -m headwater.benchmarks.aot --all               every configuration compiled and held to its budget
+  python -m headwater.benchmarks.gpu.aot --all               every configuration compiled and held to its budget
   python -m headwater.benchmarks kernels --device cpu    this program on the CPU's path: a test of it, no result
 """
 
@@ -376,7 +376,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write the lines to benchmarks/results")
     options = parser.parse_args(arguments)
     if options.static:
-        from headwater.benchmarks.kernels_static import every_row, faults, make_table, write_page
+        from headwater.benchmarks.gpu.kernels_static import (
+            every_row,
+            faults,
+            make_table,
+            write_page,
+        )
 
         lines = make_table(options.out, list(every_row())) if options.out else make_table()
         if not options.out:
@@ -388,7 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(NO_GPU, file=sys.stderr)
         return 1
     if options.retune:
-        from headwater.benchmarks.retune import retune
+        from headwater.benchmarks.gpu.retune import retune
 
         return retune(options.kernels, options.sizes, options.bits)
     if options.device == "cpu" and options.save:

@@ -113,7 +113,7 @@ def write_rows(rows: dict[tuple[str, str, int], dict[int, str]], path: Path = TA
 
 def candidates_of(kernel: str, bits: int, tma: bool) -> list[Config]:
     """Return what a row is chosen from: blocks that the compiler's choice starts from, and larger and deeper ones."""
-    from headwater.benchmarks.aot_cases import CANDIDATES, COLUMN_CANDIDATES, FULL_CANDIDATES
+    from headwater.benchmarks.gpu.aot_cases import CANDIDATES, COLUMN_CANDIDATES, FULL_CANDIDATES
 
     known = (
         COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES
@@ -157,7 +157,9 @@ def retune(
         best = {size: show(pick(kernel, size, DTYPES[bits], candidates, timer)) for size in sizes}
         found[arch, kernel, bits] = launch_table.TABLE[arch, kernel, bits] | best
         write_rows(found)
-    print(f"wrote {TABLE}; compile it with python -m headwater.benchmarks.aot --all --arch {arch}")
+    print(
+        f"wrote {TABLE}; compile it with python -m headwater.benchmarks.gpu.aot --all --arch {arch}"
+    )
     return 0
 
 

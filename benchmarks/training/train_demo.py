@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
-from headwater.benchmarks.demo_card import (
+from headwater.benchmarks.training.demo_card import (
     DEMO,
     N_WINDOWS,
     describe,
@@ -27,7 +27,7 @@ from headwater.benchmarks.demo_card import (
     write,
     write_card,
 )
-from headwater.benchmarks.demo_text import (
+from headwater.benchmarks.training.demo_text import (
     D_VOCAB,
     END_OF_TEXT,
     N_CTX,

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks.environments import DRIVERS, HEADWATER, Peer, PeerMissing
-from headwater.benchmarks.truth import Place
+from headwater.benchmarks.peers.environments import DRIVERS, HEADWATER, Peer, PeerMissing
+from headwater.benchmarks.peers.truth import Place
 from headwater.extractor.idle import IDLE_THREADS
 
 KEEP_MEMORY = {

@@ -17,9 +17,15 @@ import tokenizers
 import torch
 import transformers
 
-from headwater.benchmarks.demo_text import END_OF_TEXT, read_corpus, spread, to_stream, to_windows
+from headwater.benchmarks.training.demo_text import (
+    END_OF_TEXT,
+    read_corpus,
+    spread,
+    to_stream,
+    to_windows,
+)
 
-DEMO = Path(__file__).resolve().parents[1] / "extractor" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "extractor" / "demo"
 N_WINDOWS = 32
 SINK = 0.3
 CARD = """# The demo model
@@ -28,8 +34,8 @@ A GPT-2 with {n_layer} layers, {n_head} heads and width {n_embd} ({parameters:,}
 context of {n_positions} tokens and its own byte-level BPE tokenizer of {vocab_size} tokens. Headwater loads it as
 `demo`. It is here so that every command can be tried offline, on weights that were trained and not drawn at random.
 
-- Trained by `benchmarks/train_demo.py` on the source text of the standard library of Python {python}: {files} files,
-  {bytes:,} bytes. Every 20th file was held out. The text is under the PSF licence (PSF-2.0).
+- Trained by `benchmarks/training/train_demo.py` on the source text of the standard library of Python {python}:
+  {files} files, {bytes:,} bytes. Every 20th file was held out. The text is under the PSF licence (PSF-2.0).
 - Every training sequence begins with `<|endoftext|>` (id {end_of_text}), followed by 255 tokens of text.
 - It saw {tokens:,} tokens in {minutes:.0f} minutes on a CPU ({processor}).
 - Loss on held-out files: {val_loss:.3f} nats per token, {val_bits_per_byte:.3f} bits per byte. On training files:
@@ -59,7 +65,8 @@ briefly trained, transformer: do not draw conclusions about GPT-2 from it.
 NO_SINK = """**The first token is no attention sink here, and there is no massive activation.** What models that were
 trained for longer give to their first token, this one gives to line breaks: whole heads look at little else, and their
 values are shorter there. Part of that is use (the last line break tells the indentation), part may be parking; these
-figures do not tell the two apart. `benchmarks/train_dynamics.py` trains a model whose first token is a sink."""
+figures do not tell the two apart. `benchmarks/training/train_dynamics.py` trains a model whose first token is
+a sink."""
 SINK_THERE = "**Its first token is an attention sink**: the strongest head gives it {share:.0%} of its attention."
 
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks.environments import Peer, PeerMissing, python_of
-from headwater.benchmarks.peer_process import PeerProcess
-from headwater.benchmarks.truth import Place
+from headwater.benchmarks.peers.environments import Peer, PeerMissing, python_of
+from headwater.benchmarks.peers.peer_process import PeerProcess
+from headwater.benchmarks.peers.truth import Place
 
 FRACTIONS = (0.25, 0.5, 0.75)
 LIMIT = 120.0

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from headwater.benchmarks.bench_extract import SIZES
-from headwater.benchmarks.environments import (
+from headwater.benchmarks.lib.limits import limits
+from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.peers.environments import (
     HEADWATER,
     PEERS,
     PLAIN,
@@ -31,10 +33,8 @@ from headwater.benchmarks.environments import (
     python_of,
     version_of,
 )
-from headwater.benchmarks.limits import limits
-from headwater.benchmarks.measure import write_csv
-from headwater.benchmarks.peer_inputs import WORKLOADS, Inputs, Workload, prepare
-from headwater.benchmarks.peer_process import PeerProcess
+from headwater.benchmarks.peers.peer_inputs import WORKLOADS, Inputs, Workload, prepare
+from headwater.benchmarks.peers.peer_process import PeerProcess
 
 READS = 48
 

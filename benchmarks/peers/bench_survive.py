@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from headwater.benchmarks.bench_extract import SIZES
-from headwater.benchmarks.environments import PEERS, cache_folder
-from headwater.benchmarks.measure import write_csv
-from headwater.benchmarks.peer_inputs import prepare_model
-from headwater.benchmarks.survive import Work, survive
+from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.peers.environments import PEERS, cache_folder
+from headwater.benchmarks.peers.peer_inputs import prepare_model
+from headwater.benchmarks.peers.survive import Work, survive
 
 
 def main(arguments: list[str] | None = None) -> int:

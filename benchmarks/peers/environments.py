@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-DRIVERS = Path(__file__).resolve().parent / "peers"
+DRIVERS = Path(__file__).resolve().parent / "drivers"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Break an extraction at its disk operations, one after another; what is left must be right and resume to equal bytes.
 
-`python -m headwater.benchmarks.crash` ends the process before each operation and half-way through each write, and lets
-each operation, and all writes from it on, fail. `--power` replays what a power loss would leave instead.
+`python -m headwater.benchmarks.breaking.crash` ends the process before each operation and half-way through each write,
+and lets each operation, and all writes from it on, fail. `--power` replays what a power loss would leave instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from headwater.benchmarks import faults, power
+from headwater.benchmarks.breaking import faults, power
 from headwater.extractor.request import RunConfig
 from headwater.extractor.run import extract
 from headwater.store.manifest import RunError
@@ -33,7 +33,7 @@ LIBRARY_HANDLES = 4
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the trials and print what they found; return 1 if any went wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m headwater.benchmarks.crash", description=__doc__.split("\n")[0]
+        prog="python -m headwater.benchmarks.breaking.crash", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
         "--stride", type=int, default=1, metavar="N", help="try every N-th operation (default 1)"

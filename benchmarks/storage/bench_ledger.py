@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks.measure import peak_bytes, write_csv
+from headwater.benchmarks.lib.measure import peak_bytes, write_csv
 from headwater.extractor.model.weights import ModelConfig
 from headwater.extractor.plan import geometry, make_plan
 from headwater.extractor.request import RunConfig

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.extractor.request import RunConfig
 from headwater.extractor.run import extract
 from headwater.store.ledger import Ledger

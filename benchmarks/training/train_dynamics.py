@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from headwater.benchmarks.registry import RESULTS
 from headwater.extractor.in_memory import capture
 from headwater.extractor.model.forward import Model
 from headwater.extractor.model.weights import Checkpoint, ModelConfig
@@ -216,9 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "train-dynamics.csv"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "train-dynamics.csv")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="one model for each"
     )

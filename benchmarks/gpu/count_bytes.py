@@ -1,4 +1,4 @@
-"""Count the bytes that one launch moves, under Triton's interpreter; `python -m headwater.benchmarks.count_bytes`.
+"""Count the bytes that one launch moves, under Triton's interpreter; `python -m headwater.benchmarks.gpu.count_bytes`.
 
 The interpreter is chosen before Triton is imported, so this is a program of its own: it prints one JSON line a case.
 What is counted is every address that a load or store touches, in sectors of 32 bytes. `read` counts a sector once a
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 
-from headwater.benchmarks.kernels_static import NEEDS_POINTERS, SQUARE, minimum
+from headwater.benchmarks.gpu.kernels_static import NEEDS_POINTERS, SQUARE, minimum
 from headwater.kernels.gpu.column_mass import plan_column_mass
 from headwater.kernels.gpu.launch import lookup
 from headwater.kernels.gpu.pattern import plan_pattern
@@ -151,7 +151,7 @@ def count(launch: Launch) -> dict[str, int]:
 
 def main() -> int:
     """Read cases, JSON lists [kernel, arch, d_head, dtype, variant], from standard input; print a JSON line each."""
-    from headwater.benchmarks.naive_kernels import VARIANTS, vary
+    from headwater.benchmarks.gpu.naive_kernels import VARIANTS, vary
 
     for line in sys.stdin:
         kernel, arch, d_head, dtype, variant = json.loads(line)

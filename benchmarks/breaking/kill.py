@@ -1,6 +1,6 @@
 """Kill real `headwater extract` processes at random moments; every run must stay right and end with the same bytes.
 
-`python -m headwater.benchmarks.kill --n 100` starts, kills (signal 9) and resumes until 100 processes are dead.
+`python -m headwater.benchmarks.breaking.kill --n 100` starts, kills (signal 9) and resumes until 100 are dead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from headwater.benchmarks import faults
+from headwater.benchmarks.breaking import faults
 from headwater.store.ledger import Ledger
 from headwater.store.manifest import manifest_path, read_manifest
 
@@ -29,7 +29,7 @@ LIMIT = 300.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Kill and resume; print a summary; return 1 if anything was wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m headwater.benchmarks.kill", description=__doc__.split("\n")[0]
+        prog="python -m headwater.benchmarks.breaking.kill", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
         "--n", type=int, default=100, metavar="N", help="processes to kill (default 100)"

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from headwater.benchmarks.measure import interleave, ratio, write_csv
-from headwater.benchmarks.stores import BLOCK, STORES, Headwater, Store
+from headwater.benchmarks.lib.measure import interleave, ratio, write_csv
+from headwater.benchmarks.storage.stores import BLOCK, STORES, Headwater, Store
 from headwater.store.layout import make_spec
 
 VECTORS = 200
