@@ -23,7 +23,7 @@ from headwater.store.version import __version__
 if TYPE_CHECKING:
     from headwater import analysis
     from headwater.analysis.streams.stream import stream
-    from headwater.cli.extraction import extract
+    from headwater.cli.extract import extract
     from headwater.extractor.edits.grammar import Edit
     from headwater.extractor.in_memory import capture
     from headwater.extractor.request import RunConfig
@@ -34,7 +34,7 @@ _HOMES = {
     "Run": "headwater.store.reader",
     "RunConfig": "headwater.extractor.request",
     "capture": "headwater.extractor.in_memory",
-    "extract": "headwater.cli.extraction",
+    "extract": "headwater.cli.extract",
     "open_run": "headwater.store.reader",
     "stream": "headwater.analysis.streams.stream",
 }

@@ -20,29 +20,13 @@ from headwater.cli.analysis_arguments import (
     read_scan,
     split_names,
 )
-from headwater.cli.runs import DONE, FAILED
+from headwater.cli.command import DONE, FAILED, Command
 from headwater.cli.show import print_json
 
 if TYPE_CHECKING:
     from headwater.analysis.suite.analyze import Outcome
 
 LONGEST_NAME = 100
-NAMES = ("analyze", "weights", "plot", "report", "compare")
-
-
-def add_commands(group: Any, make: Any) -> None:
-    """Add the commands to the parser."""
-    analyze = partial(_on_pool, run_analyze)
-    add_analyze(make(group, "analyze", analyze, "analyse runs and keep the results beside them"))
-    add_weights(
-        make(group, "weights", run_weights, "decompose the weights of models; no run is needed")
-    )
-    add_plot(make(group, "plot", run_plot, "draw the results of runs"))
-    report = partial(_on_pool, run_report)
-    add_report(make(group, "report", report, "analyse runs and write one page about them"))
-    add_compare(
-        make(group, "compare", run_compare, "show the results of several runs side by side")
-    )
 
 
 def _on_pool(command: Callable[[Any], int], options: Any) -> int:
@@ -304,3 +288,27 @@ def kept(paths: list[str]) -> list[Any]:
                 f"{path} has no results yet. Make them with `headwater analyze {path}`."
             )
     return found
+
+
+COMMANDS = (
+    Command(
+        "analyze",
+        "analyse runs and keep the results beside them",
+        add_analyze,
+        partial(_on_pool, run_analyze),
+    ),
+    Command(
+        "weights",
+        "decompose the weights of models; no run is needed",
+        add_weights,
+        run_weights,
+    ),
+    Command("plot", "draw the results of runs", add_plot, run_plot),
+    Command(
+        "report",
+        "analyse runs and write one page about them",
+        add_report,
+        partial(_on_pool, run_report),
+    ),
+    Command("compare", "show the results of several runs side by side", add_compare, run_compare),
+)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from headwater.cli.runs import DONE
+from headwater.cli.command import DONE, Command, Parser, add_options
 from headwater.cli.show import print_json
 
-NAMES = ("dynamics",)
 TEXT = ("text", "tokens", "seq_len", "bos", "max_sequences", "tokenizer")
 ABOUT = """\
 Run the checkpoints of one training over the same text, and follow the largest activation, the attention on the first
@@ -20,11 +20,10 @@ EXAMPLES = """examples:
 """
 
 
-def add_commands(group: Any, make: Any) -> None:
-    """Add the command to the parser."""
-    parser = make(
-        group, "dynamics", run_dynamics, "follow sinks and massive activations over checkpoints"
-    )
+def add_dynamics(parser: Parser) -> None:
+    """Add the arguments of `dynamics`."""
+    from headwater.extractor.request import RunConfig
+
     parser.description = ABOUT
     parser.epilog = EXAMPLES
     parser.usage = "headwater dynamics CHECKPOINT … (--text PATH … | --tokens IDS.npy) [more of the arguments below]"
@@ -34,27 +33,7 @@ def add_commands(group: Any, make: Any) -> None:
         nargs="+",
         help="models as `extract` takes them, with their step in the name (step-200) or as STEP=MODEL",
     )
-    parser.add_argument(
-        "--text", metavar="PATH", nargs="+", action="extend", help="files, directories, globs"
-    )
-    parser.add_argument(
-        "--tokens", metavar="IDS.npy", help="instead of text: whole numbers [sequence, position]"
-    )
-    parser.add_argument(
-        "--seq-len", metavar="N", type=int, help="positions in a sequence (default: the model's)"
-    )
-    parser.add_argument(
-        "--bos",
-        action="store_true",
-        default=None,
-        help="begin sequences with the beginning-of-text token",
-    )
-    parser.add_argument("--max-sequences", metavar="N", type=int, help="stop after N sequences")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="T",
-        help="tokenizer.json or its directory (default: the model's own)",
-    )
+    add_options(parser, RunConfig, TEXT)
     parser.add_argument(
         "--runs", metavar="DIR", help="keep the run of each checkpoint in DIR, and go on from there"
     )
@@ -63,7 +42,7 @@ def add_commands(group: Any, make: Any) -> None:
     )
 
 
-def run_dynamics(options: Any) -> int:
+def run_dynamics(options: Namespace) -> int:
     """Measure the checkpoints and print a line for each."""
     from headwater.analysis.engine.results import save_at
     from headwater.analysis.studies.dynamics import dynamics, name_steps
@@ -107,3 +86,13 @@ def _row(one: Any) -> dict[str, Any]:
         "position": int(at.largest_position),
         "dimension": int(at.largest_dimension),
     }
+
+
+COMMANDS = (
+    Command(
+        "dynamics",
+        "follow sinks and massive activations over checkpoints",
+        add_dynamics,
+        run_dynamics,
+    ),
+)

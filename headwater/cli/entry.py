@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from headwater.cli.command import DONE, FAILED
 from headwater.cli.parser import read_arguments
-from headwater.cli.runs import DONE, FAILED
 from headwater.extractor.idle import IDLE_THREADS
 from headwater.store.versions import CORE, check_versions
 
@@ -83,7 +83,7 @@ def _run(arguments: list[str]) -> int:
         return int(stop.code or DONE)
     check_versions(*CORE)
     with suppress(BrokenPipeError):
-        return int(options.command(options))
+        return int(options.command.run(options))
     return DONE
 
 

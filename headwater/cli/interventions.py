@@ -2,66 +2,37 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwater.cli.command import DONE, Command
 from headwater.cli.intervention_arguments import add_ablate, add_patch, add_plateau
-from headwater.cli.runs import DONE
 from headwater.cli.show import print_json
 
 if TYPE_CHECKING:
     from headwater.analysis.interventions.requests import Intervention
     from headwater.store.place import Place
 
-NAMES = ("plateau", "patch", "ablate")
 
-
-def add_commands(group: Any, make: Any) -> None:
-    """Add the commands to the parser."""
-    add_plateau(
-        make(
-            group,
-            "plateau",
-            run_plateau,
-            "move a state from one prompt's to another's, and see plateaus",
-        )
-    )
-    add_patch(
-        make(
-            group,
-            "patch",
-            run_patch,
-            "patch clean activations into a corrupt prompt, place by place",
-        )
-    )
-    add_ablate(
-        make(
-            group,
-            "ablate",
-            run_ablate,
-            "scale what is at a place, and see loss, sinks and gradients",
-        )
-    )
-
-
-def run_plateau(options: Any) -> int:
+def run_plateau(options: Namespace) -> int:
     """Sweep plateaus; keep and print the results."""
     return _run("plateau", options)
 
 
-def run_patch(options: Any) -> int:
+def run_patch(options: Namespace) -> int:
     """Patch pairs; keep and print the results."""
     return _run("patch", options)
 
 
-def run_ablate(options: Any) -> int:
+def run_ablate(options: Namespace) -> int:
     """Ablate by scale, measure effects or probe repeated tokens; keep and print the results."""
     return _run("ablate", options)
 
 
-def _run(kind: str, options: Any) -> int:
+def _run(kind: str, options: Namespace) -> int:
     """Make the request of the flags that were given, and report what it finds."""
     from headwater.analysis.interventions.requests import REQUESTS, make_request
 
@@ -71,12 +42,12 @@ def _run(kind: str, options: Any) -> int:
     return _report(options, request, found)
 
 
-def _report(options: Any, request: Intervention, found: Sequence[Any]) -> int:
+def _report(options: Namespace, request: Intervention, found: Sequence[Any]) -> int:
     """Keep results, draw them where asked, and print their figures."""
     from headwater.analysis.interventions.figures import headline
     from headwater.store.place import place_of
 
-    home = place_of(options.out or getattr(options, "run", None) or options.parser.prog.split()[-1])
+    home = place_of(options.out or getattr(options, "run", None) or options.command.name)
     paths, aside = request.keep(home, found)
     figures = _draw(options, found, home) if options.plot else []
     lines = [headline(dataset) for dataset in found]
@@ -100,7 +71,7 @@ def _report(options: Any, request: Intervention, found: Sequence[Any]) -> int:
     return DONE
 
 
-def _draw(options: Any, found: Sequence[Any], home: Place) -> list[Path]:
+def _draw(options: Namespace, found: Sequence[Any], home: Place) -> list[Path]:
     from headwater.analysis.engine.results import RunResults
     from headwater.analysis.plots.catalogue import draw, save_figures
 
@@ -113,3 +84,25 @@ def _shown(value: Any) -> str:
     return " ".join(
         "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values
     )
+
+
+COMMANDS = (
+    Command(
+        "plateau",
+        "move a state from one prompt's to another's, and see plateaus",
+        add_plateau,
+        run_plateau,
+    ),
+    Command(
+        "patch",
+        "patch clean activations into a corrupt prompt, place by place",
+        add_patch,
+        run_patch,
+    ),
+    Command(
+        "ablate",
+        "scale what is at a place, and see loss, sinks and gradients",
+        add_ablate,
+        run_ablate,
+    ),
+)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from headwater.cli.analysis_arguments import add_scan, read_scan
-from headwater.cli.runs import DONE
+from headwater.cli.command import DONE, Command, Parser
 from headwater.cli.show import array_line, print_json
 
-NAMES = ("project",)
 ABOUT = """\
 Write the projections of a run onto its first k principal directions as a run of its own, with the same text: stream,
 verify, info and xarray take it like any other. Stop it whenever you like, the same command goes on where it was. The
@@ -23,11 +23,8 @@ EXAMPLES = """examples:
 """
 
 
-def add_commands(group: Any, make: Any) -> None:
-    """Add the command to the parser."""
-    parser = make(
-        group, "project", run_project, "write projections onto principal directions as a run"
-    )
+def add_project(parser: Parser) -> None:
+    """Add the arguments of `project`."""
     parser.description = ABOUT
     parser.epilog = EXAMPLES
     parser.add_argument("run", metavar="RUN", help="directory of a run")
@@ -56,7 +53,7 @@ def add_commands(group: Any, make: Any) -> None:
     add_scan(parser)
 
 
-def run_project(options: Any) -> int:
+def run_project(options: Namespace) -> int:
     """Compute the directions where they are not kept, then the projections; print what was made."""
     from headwater.analysis.engine.pools import open_pool
     from headwater.analysis.measures.project import project
@@ -109,3 +106,13 @@ def run_project(options: Any) -> int:
     else:
         print(f"{options.out}\n{array_line(spec, spec.stored_bytes(made.manifest.n_sequences))}")
     return DONE
+
+
+COMMANDS = (
+    Command(
+        "project",
+        "write projections onto principal directions as a run",
+        add_project,
+        run_project,
+    ),
+)

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
+from argparse import Namespace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwater.cli.runs import DONE, FAILED
+from headwater.cli.command import DONE, FAILED, Command, Parser
 from headwater.cli.show import print_json
 
 if TYPE_CHECKING:
     from headwater.analysis.studies.reproduce import Row
 
-NAMES = ("reproduce",)
 VARIABLE = "HEADWATER_GPT2"
 
 
-def add_commands(group: Any, make: Any) -> None:
-    """Add the command to the parser."""
-    parser = make(
-        group, "reproduce", run_reproduce, "measure GPT-2's published figures on given weights"
-    )
+def add_reproduce(parser: Parser) -> None:
+    """Add the arguments of `reproduce`."""
     parser.description = (
         "Extract two small runs with OpenAI's GPT-2 weights and print one table: published figures of massive\n"
         "activations, sinks and weights beside what was measured. They agree within 10 % on other text. Exit code 1 "
@@ -48,7 +45,7 @@ def add_commands(group: Any, make: Any) -> None:
     )
 
 
-def run_reproduce(options: Any) -> int:
+def run_reproduce(options: Namespace) -> int:
     """Print the table; fail where a published figure is not met."""
     from headwater.analysis.studies.reproduce import reproduce
 
@@ -92,3 +89,13 @@ def _show(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) or "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+COMMANDS = (
+    Command(
+        "reproduce",
+        "measure GPT-2's published figures on given weights",
+        add_reproduce,
+        run_reproduce,
+    ),
+)

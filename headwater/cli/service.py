@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headwater.cli.command import DONE, FAILED, Command, Parser
 from headwater.cli.show import print_json
 from headwater.extractor.units import show_bytes
 
 if TYPE_CHECKING:
     from headwater.service.client import Client
 
-NAMES = ("serve", "submit", "jobs", "cancel")
-DONE = 0
-FAILED = 1
 STRINGS = ("layers", "depths", "heads", "positions", "out", "run", "model")
 SERVER = "http://127.0.0.1:8000"
 SERVE = """\
@@ -33,73 +32,75 @@ SUBMIT_EXAMPLES = """examples:
 """
 
 
-def add_commands(group: Any, make: Any) -> None:
-    """Add the arguments of the commands of the service."""
-    serve = make(group, "serve", run_serve, "serve the runs in a directory: data, jobs, and a page")
-    serve.description = SERVE
-    serve.add_argument(
+def add_serve(parser: Parser) -> None:
+    """Add the arguments of `serve`."""
+    parser.description = SERVE
+    parser.add_argument(
         "root", metavar="ROOT", help="directory, or s3://bucket/prefix, that holds the runs"
     )
-    serve.add_argument(
+    parser.add_argument(
         "--host", default="127.0.0.1", metavar="H", help="address to listen at (default: 127.0.0.1)"
     )
-    serve.add_argument(
+    parser.add_argument(
         "--port",
         type=int,
         default=8000,
         metavar="N",
         help="port, 0 for any free one (default: 8000)",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--token-file",
         metavar="FILE",
         help="file with the token that requests must carry; made where "
         "there is none. Other hosts than this machine need it",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--ray",
         metavar="ADDRESS",
         help="compute extractions on a Ray cluster: auto, or its address",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--models",
         metavar="DIR",
         action="append",
         help="directory of models that jobs may use, beside ROOT and hub ids; may be repeated",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--texts",
         metavar="DIR",
         action="append",
         help="directory of texts that jobs may read, beside ROOT; may be repeated",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--allow-host",
         metavar="NAME",
         action="append",
         help="name by which the server may be called",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--memory",
         type=float,
         metavar="GB",
         help="memory that jobs may take together (default: 0.8 of what is available)",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--parallel", type=int, default=1, metavar="N", help="jobs that run at once (default: 1)"
     )
-    serve.add_argument(
+    parser.add_argument(
         "--state",
         metavar="DIR",
         help="directory for the queue and for texts and models of jobs, where "
         "ROOT is in an object store (default: "
         "~/.local/state/headwater/ROOT)",
     )
-    submit = make(group, "submit", run_submit, "submit a job to a server")
-    submit.description = SUBMIT
-    submit.epilog = SUBMIT_EXAMPLES
-    submit.add_argument("kind", metavar="KIND", help="extract, analyze or verify")
-    submit.add_argument(
+
+
+def add_submit(parser: Parser) -> None:
+    """Add the arguments of `submit`."""
+    parser.description = SUBMIT
+    parser.epilog = SUBMIT_EXAMPLES
+    parser.add_argument("kind", metavar="KIND", help="extract, analyze or verify")
+    parser.add_argument(
         "--set",
         nargs="+",
         action="extend",
@@ -107,41 +108,50 @@ def add_commands(group: Any, make: Any) -> None:
         metavar="KEY=VALUE",
         help="settings; they win over those of --config",
     )
-    submit.add_argument(
+    parser.add_argument(
         "--config", metavar="FILE", help="TOML file of settings, such as `headwater extract` takes"
     )
-    submit.add_argument(
+    parser.add_argument(
         "--upload",
         metavar="FILE",
         action="append",
         default=[],
         help="file to send first, as texts/NAME",
     )
-    submit.add_argument("--plan", action="store_true", help="print the price only")
-    submit.add_argument(
+    parser.add_argument("--plan", action="store_true", help="print the price only")
+    parser.add_argument(
         "--wait",
         action="store_true",
         help="show progress until the job ends; exit code 1 if it fails",
     )
-    jobs = make(group, "jobs", run_jobs, "list a server's jobs, or show one")
-    jobs.add_argument("number", nargs="?", type=int, metavar="JOB", help="number of a job")
-    cancel = make(group, "cancel", run_cancel, "end a job of a server; what it finished is kept")
-    cancel.add_argument("number", type=int, metavar="JOB", help="number of the job")
-    for parser in (submit, jobs, cancel):
-        parser.add_argument(
-            "--server",
-            default=SERVER,
-            metavar="URL",
-            help=f"the server's address (default: {SERVER})",
-        )
-        parser.add_argument(
-            "--token-file",
-            metavar="FILE",
-            help="file with the server's token (default: the variable HEADWATER_TOKEN)",
-        )
+    _add_server(parser)
 
 
-def run_serve(options: Any) -> int:
+def add_jobs(parser: Parser) -> None:
+    """Add the arguments of `jobs`."""
+    parser.add_argument("number", nargs="?", type=int, metavar="JOB", help="number of a job")
+    _add_server(parser)
+
+
+def add_cancel(parser: Parser) -> None:
+    """Add the arguments of `cancel`."""
+    parser.add_argument("number", type=int, metavar="JOB", help="number of the job")
+    _add_server(parser)
+
+
+def _add_server(parser: Parser) -> None:
+    """Add how the server is reached."""
+    parser.add_argument(
+        "--server", default=SERVER, metavar="URL", help=f"the server's address (default: {SERVER})"
+    )
+    parser.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="file with the server's token (default: the variable HEADWATER_TOKEN)",
+    )
+
+
+def run_serve(options: Namespace) -> int:
     """Serve until stopped."""
     from headwater.store.versions import check_versions
 
@@ -182,7 +192,7 @@ def run_serve(options: Any) -> int:
     return DONE
 
 
-def run_submit(options: Any) -> int:
+def run_submit(options: Namespace) -> int:
     """Upload texts, submit a job, print its price, and wait for it where that is asked for."""
     document = _read_settings(options)
     client = _client(options)
@@ -203,7 +213,7 @@ def run_submit(options: Any) -> int:
     return FAILED if job.get("state") in ("failed", "cancelled") else DONE
 
 
-def run_jobs(options: Any) -> int:
+def run_jobs(options: Namespace) -> int:
     """List jobs."""
     client = _client(options)
     if options.number is not None:
@@ -221,7 +231,7 @@ def run_jobs(options: Any) -> int:
     return DONE
 
 
-def run_cancel(options: Any) -> int:
+def run_cancel(options: Namespace) -> int:
     """Cancel a job."""
     job = _client(options).post(f"/jobs/{options.number}/cancel")
     if options.json:
@@ -234,13 +244,13 @@ def run_cancel(options: Any) -> int:
     return DONE
 
 
-def _client(options: Any) -> Client:
+def _client(options: Namespace) -> Client:
     from headwater.service.client import Client
 
     return Client(options.server, options.token_file)
 
 
-def _read_settings(options: Any) -> dict[str, Any]:
+def _read_settings(options: Namespace) -> dict[str, Any]:
     import tomllib
 
     values: dict[str, Any] = {}
@@ -319,3 +329,11 @@ def _price(price: dict[str, Any]) -> str:
     parts = [f"writes {show_bytes(price['total_bytes'])}"] if "total_bytes" in price else []
     parts += [f"reads {show_bytes(price['read_bytes'])}"] if "read_bytes" in price else []
     return ", ".join([*parts, f"{show_bytes(price['host_bytes'])} of memory"])
+
+
+COMMANDS = (
+    Command("serve", "serve the runs in a directory: data, jobs, and a page", add_serve, run_serve),
+    Command("submit", "submit a job to a server", add_submit, run_submit),
+    Command("jobs", "list a server's jobs, or show one", add_jobs, run_jobs),
+    Command("cancel", "end a job of a server; what it finished is kept", add_cancel, run_cancel),
+)

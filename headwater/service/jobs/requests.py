@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from headwater.analysis.interventions.requests import REQUESTS
-from headwater.analysis.interventions.settings import MODEL
 from headwater.analysis.suite.registry import entry_of
 from headwater.extractor.edits.grammar import Edit, read_edits, stored_edits
 from headwater.extractor.edits.places import is_prompt
 from headwater.extractor.request import RunConfig
+from headwater.extractor.settings import EDITS, FILE, MODEL, PLACE, PLAIN, Option, options_of
 from headwater.extractor.sites import RequestError
 from headwater.service.jobs.analysis_options import read_options
 from headwater.service.jobs.interventions import resolve_intervention
@@ -28,45 +28,6 @@ from headwater.store.place import Place, place_of
 
 HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 MOST_WORKERS = 64
-# What a job may say of an extraction: what names a place is checked below, and what is not here is refused, so that a
-# setting which is new to `extract` says here whether jobs may have it.
-PLACES = ("out", "model", "tokenizer", "tokens", "text", "edits")
-PLAIN = (
-    "activation",
-    "block",
-    "bos",
-    "codec",
-    "column",
-    "compute",
-    "depths",
-    "device",
-    "dtype",
-    "heads",
-    "jsonl",
-    "labels",
-    "layers",
-    "max_sequences",
-    "max_tokens",
-    "mode",
-    "on_overflow",
-    "other_processor",
-    "positions",
-    "preset",
-    "revision",
-    "seq_len",
-    "sites",
-    "special_tokens",
-    "stride",
-    "threads",
-    "top_k",
-    "within_documents",
-    "workers",
-)
-REFUSED = {
-    "ray": "ray is the server's to choose; leave it out. `headwater serve --ray` says where jobs run.",
-    "max_unpacked": "max_unpacked protects the server's memory and disk; unpack the text before you send it.",
-    "allow_call": "allow_call is not for jobs; this server runs no code that a request names.",
-}
 
 
 def read_document(document: Mapping[str, Any] | str) -> dict[str, Any]:
@@ -98,36 +59,50 @@ def run_name(settings: Settings, kind: str, resolved: Mapping[str, Any]) -> str:
 
 def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
     resolved = {name: value for name, value in document.items() if value is not None}
-    for name in resolved.keys() & REFUSED.keys():
-        raise DeniedError(REFUSED[name])
-    _only(document, [*PLACES, *PLAIN, *REFUSED], "extract")
+    options = options_of(RunConfig)
+    for one in options:
+        if one.name in resolved and one.refused:
+            raise DeniedError(one.refused)
+    _only(document, [one.name for one in options], "extract")
     resolved["out"] = out_path(settings, resolved.get("out"))
     if isinstance(workers := resolved.get("workers"), int) and workers > MOST_WORKERS:
         raise DeniedError(
             f"workers is {workers}; this server runs at most {MOST_WORKERS} for a job."
         )
-    for name in ("model", "tokenizer"):
-        if name in resolved:
-            resolved[name] = _model(settings, resolved[name], name)
-    if "tokens" in resolved:
-        resolved["tokens"] = _inside_only(
-            read_path(settings, resolved["tokens"], "tokens", settings.texts), settings
-        )
-    if "text" in resolved:
-        names = [resolved["text"]] if isinstance(resolved["text"], str) else resolved["text"]
-        if not isinstance(names, list | tuple) or not names:
-            raise RequestError(f"text is {shown(names)}; expected a list of files or directories.")
-        resolved["text"] = [
-            _inside_only(read_path(settings, t, "text", settings.texts), settings) for t in names
-        ]
-    if "edits" in resolved:
-        edits = [_edit(settings, edit) for edit in read_edits(resolved["edits"])]
-        resolved["edits"] = [edit.to_json() for edit in edits]
+    for one in options:
+        if one.name in resolved:
+            resolved[one.name] = _allowed(settings, one, resolved[one.name])
     if RunConfig(**resolved).names_only_out:
         _check_stored(settings, place_of(resolved["out"]))
     if settings.ray is not None:
         resolved["ray"] = settings.ray
     return resolved
+
+
+def _allowed(settings: Settings, option: Option, value: Any) -> Any:
+    """Return a value with what it names in its place; raise DeniedError where a job may not name that."""
+    if option.leads == MODEL:
+        return _model(settings, value, option.name)
+    if option.leads == EDITS:
+        return [_edit(settings, edit).to_json() for edit in read_edits(value)]
+    if option.leads == FILE and option.kind.many:
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list | tuple) or not names:
+            raise RequestError(
+                f"{option.name} is {shown(names)}; expected a list of files or directories."
+            )
+        return [_file(settings, name, option.name) for name in names]
+    if option.leads == FILE:
+        return _file(settings, value, option.name)
+    if option.leads in (PLAIN, PLACE):
+        return value
+    # A setting that does not say what its values lead to could name a place that jobs may not reach.
+    raise DeniedError(f"{option.name} is not for jobs; leave it out.")
+
+
+def _file(settings: Settings, name: Any, setting: str) -> str:
+    """Return a file or directory that a job may read."""
+    return _inside_only(read_path(settings, name, setting, settings.texts), settings)
 
 
 def _analyze(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +136,7 @@ def _intervention(kind: str, settings: Settings, document: dict[str, Any]) -> di
     def place(name: str, setting: str, what: str) -> str:
         if what == MODEL:
             return _model(settings, name, setting)
-        return _inside_only(read_path(settings, name, setting, settings.texts), settings)
+        return _file(settings, name, setting)
 
     run = _run(settings, document)
     m = read_manifest(place_of(run)).model
