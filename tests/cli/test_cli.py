@@ -9,7 +9,8 @@ import pytest
 
 from headwater.cli.entry import main
 from headwater.cli.parser import make_parser
-from headwater.extractor.settings import CHOICES, PER_SITE
+from headwater.extractor.request import RunConfig
+from headwater.extractor.settings import options_of
 from headwater.extractor.sites import PRESETS, SITES
 from headwater.kernels.cpu import products
 from headwater.store.reader import open_run
@@ -230,8 +231,8 @@ def test_help_names_every_value_and_fits_a_terminal(capsys, monkeypatch):
     for name in ("extract", "plan"):
         assert main([name, "--help"]) == 0
         text = capsys.readouterr().out
-        for values in (*CHOICES.values(), *PER_SITE.values()):
-            assert all(value in text for value in values)
+        for option in options_of(RunConfig):
+            assert option.flag in text and all(word in text for word in option.kind.choices)
         assert max(map(len, text.splitlines())) <= 120
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("headwater ")
     assert main(["--help"]) == 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from headwater.cli.command import Parser, add_options
 from headwater.extractor.request import RunConfig, fingerprint, make_config
 from headwater.extractor.selection import select
-from headwater.extractor.settings import COUNTS, LISTS, PER_SITE, SELECTIONS, SWITCHES
+from headwater.extractor.settings import COUNT, PLAIN, TEXT, option, options_of, request_schema
 from headwater.extractor.sites import PRESETS, RequestError
 
 MODEL = SimpleNamespace(n_layer=2, n_head=2)
@@ -91,9 +92,10 @@ def test_values_that_a_setting_cannot_have_are_refused(name):
             RunConfig(**{"out": "run", name: value})
 
 
-def test_every_setting_has_a_kind():
-    names = set(RunConfig.__dataclass_fields__)
-    assert {*COUNTS, *SWITCHES, *LISTS, *SELECTIONS, *PER_SITE} < names
+def test_every_setting_says_what_it_is():
+    for one in options_of(RunConfig):
+        assert one.help and one.part and one.kind.schema, one.name
+        assert one.leads is not None or one.refused, f"{one.name}: what do its values name?"
     for name in ("mode", "bos", "column", "max_tokens"):
         with pytest.raises(RequestError, match="--tokens gives them as they are"):
             RunConfig(
@@ -101,6 +103,40 @@ def test_every_setting_has_a_kind():
                 tokens="ids.npy",
                 **{name: {"mode": "document", "bos": True, "column": "c"}.get(name, 4)},
             )
+
+
+@dataclass(frozen=True)
+class Other(RunConfig):
+    """A request with two options that nothing else knows."""
+
+    depth_charge: int = field(
+        default=3, metadata=option(COUNT, "how to compute and store", "charges to lay", "N")
+    )
+    motto: str | None = field(
+        default=None, metadata=option(TEXT, "mottos", "what to live by", "WORDS", leads=PLAIN)
+    )
+
+
+def test_a_field_is_all_that_a_new_option_takes(tmp_path):
+    parser = Parser(prog="other")
+    add_options(parser, Other)
+    options = parser.parse_args(["--out", "run", "--depth-charge", "5"])
+    assert make_config(vars(options), None, None, Other).depth_charge == 5
+    text = parser.format_help()
+    assert "--depth-charge N" in text and "charges to lay" in text and "mottos:" in text
+    (tmp_path / "run.toml").write_text('out = "run"\ndepth-charge = 7\nmotto = "more"\n')
+    read = make_config({}, str(tmp_path / "run.toml"), None, Other)
+    assert (read.depth_charge, read.motto) == (7, "more")
+    with pytest.raises(RequestError, match=r"^--depth-charge is 0; expected a whole number from 1"):
+        Other("run", depth_charge=0)
+    schema = request_schema(Other)["properties"]
+    assert schema["depth_charge"] == {
+        "type": "integer",
+        "minimum": 1,
+        "description": "charges to lay",
+        "default": 3,
+    }
+    assert schema["motto"]["type"] == "string" and "ray" not in schema
 
 
 def test_stored_types_have_defaults_and_exceptions():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +14,11 @@ import headwater
 from headwater.analysis.suite.registry import ENTRIES
 from headwater.benchmarks.breaking.faults import contents
 from headwater.benchmarks.lib.serving import Server
+from headwater.extractor.settings import EDITS, FILE, MODEL, PLACE, PLAIN, options_of
 from headwater.service.jobs.analysis_options import Options
-from headwater.service.jobs.requests import PLACES, PLAIN, REFUSED
+from headwater.service.jobs.requests import allowed
+from headwater.service.places import DeniedError
+from headwater.service.settings import make_settings
 
 N_KILLS, N_BLOCKS = 3, 240
 
@@ -301,7 +304,20 @@ def test_every_option_of_an_analysis_has_its_kind():
     assert offered == Options.model_fields.keys() | {"events"}  # events are objects of Python
 
 
-def test_every_setting_of_an_extraction_is_allowed_or_refused_to_jobs():
-    """One that is new must say which: one that names a place has to be checked in documents."""
-    known = [item.name for item in fields(headwater.RunConfig)]
-    assert sorted(known) == sorted((*PLACES, *PLAIN, *REFUSED))
+def test_what_a_setting_leads_to_decides_whether_jobs_may_have_it(tmp_path):
+    """One that is new must say it: one that names a place has to be checked in documents."""
+    settings = make_settings(str(tmp_path))
+    for option in options_of(headwater.RunConfig):
+        assert option.refused or option.leads in (PLAIN, FILE, PLACE, MODEL, EDITS), option.name
+    new = replace(options_of(headwater.RunConfig)[1], name="new", leads=None)
+    with pytest.raises(DeniedError, match="new is not for jobs"):
+        allowed(settings, new, "/etc/passwd")
+
+
+def test_the_document_describes_every_kind_of_job(server):
+    schemas = server.client.get("/openapi.json")["components"]["schemas"]
+    extract = schemas["ExtractDocument"]
+    assert extract["properties"].keys() == {
+        option.name for option in options_of(headwater.RunConfig) if not option.refused
+    }
+    assert extract["required"] == ["out"] and extract["properties"]["seq_len"]["minimum"] == 1

@@ -71,7 +71,7 @@ def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
         )
     for one in options:
         if one.name in resolved:
-            resolved[one.name] = _allowed(settings, one, resolved[one.name])
+            resolved[one.name] = allowed(settings, one, resolved[one.name])
     if RunConfig(**resolved).names_only_out:
         _check_stored(settings, place_of(resolved["out"]))
     if settings.ray is not None:
@@ -79,7 +79,7 @@ def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
     return resolved
 
 
-def _allowed(settings: Settings, option: Option, value: Any) -> Any:
+def allowed(settings: Settings, option: Option, value: Any) -> Any:
     """Return a value with what it names in its place; raise DeniedError where a job may not name that."""
     if option.leads == MODEL:
         return _model(settings, value, option.name)
