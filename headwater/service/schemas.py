@@ -6,6 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from headwater.analysis.interventions.requests import REQUESTS
+from headwater.extractor.request import RunConfig
+from headwater.extractor.settings import Request, request_schema
+
 
 class Problem(BaseModel):
     """What is wrong, in one paragraph."""
@@ -14,7 +18,10 @@ class Problem(BaseModel):
 
 
 class Submission(BaseModel):
-    """A job: `kind` is a command, `document` its arguments as an object, or as the text of a run.toml."""
+    """A job: `kind` is a command, `document` its arguments as an object, or as the text of a run.toml.
+
+    The schemas ExtractDocument, PlateauDocument and so on say what the documents of each kind may hold.
+    """
 
     model_config = ConfigDict(extra="forbid")
     kind: Annotated[str, Field(max_length=50)] = "extract"
@@ -47,3 +54,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "took too long, or busy",
     }.items()
 }
+
+
+def job_documents() -> dict[str, dict[str, object]]:
+    """Return the JSON schemas of jobs' documents by name, made of the fields of their requests."""
+    requests: dict[str, type[Request]] = {"extract": RunConfig, **REQUESTS}
+    return {f"{kind.title()}Document": request_schema(one) for kind, one in requests.items()}
