@@ -12,27 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from headwater.analysis.interventions.settings import (
-    AGAIN,
-    EDITS,
-    FILE,
-    MANY,
-    MODEL,
-    RUN,
-    as_clusters,
-    as_compute,
-    as_edits,
-    as_indices,
-    as_list_of,
-    as_paths,
-    as_real,
-    as_switch,
-    as_target,
-    as_text,
-    as_whole,
+    CLUSTERS,
+    INDICES,
+    PATHS,
+    PRECISION,
+    REAL,
+    TARGET,
+    TEXT,
+    list_of,
     setting,
+    whole,
+    word,
 )
 from headwater.extractor.edits.grammar import Edit
-from headwater.extractor.settings import flag_of
+from headwater.extractor.settings import EDIT_LINES, EDITS, FILE, MODEL, RUN, SWITCH, read_fields
 from headwater.extractor.sites import RequestError
 from headwater.store.version import __version__
 
@@ -61,57 +54,50 @@ class Intervention(ABC):
 
     model: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=MODEL_PART,
         metavar="M",
         help="directory, hub id, nanoGPT's ckpt.pt, or demo (default: that of --run, else demo)",
-        names=MODEL,
+        leads=MODEL,
     )
     revision: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=MODEL_PART,
         metavar="R",
         help="branch, tag or commit of a hub id (default: that of --run)",
     )
     activation: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=MODEL_PART,
         metavar="F",
         help="activation function of a checkpoint that does not name one (default: that of --run)",
     )
     tokenizer: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=MODEL_PART,
         metavar="T",
         help="tokenizer of the prompts (default: the model's own)",
-        names=MODEL,
+        leads=MODEL,
     )
     bos: bool = setting(
-        False, as_switch, part=MODEL_PART, help="put the beginning-of-text token in front"
+        False, SWITCH, part=MODEL_PART, help="put the beginning-of-text token in front"
     )
     compute: str = setting(
         "fp32",
-        as_compute,
+        PRECISION,
         part=MODEL_PART,
         metavar="C",
         help="fp32 or fp64",
-        choices=("fp32", "fp64"),
     )
 
     # The names of the results that a request can give.
     family: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is None and item.default is None:
-                continue
-            read = item.metadata["read"]
-            flag = item.metadata["flag"] or flag_of(item.name)
-            object.__setattr__(self, item.name, read(flag, value))
+        read_fields(self)
         self.check()
 
     @abstractmethod
@@ -180,7 +166,7 @@ class Intervention(ABC):
                 continue
             if isinstance(value, Edit):
                 value = value.to_json()
-            elif item.metadata["names"] == EDITS:
+            elif item.metadata["leads"] == EDITS:
                 value = [edit.to_json() for edit in value]
             found[item.name] = value
         return found
@@ -189,7 +175,7 @@ class Intervention(ABC):
         """Return the files that the settings name."""
         named: list[str] = []
         for item in fields(self):
-            if item.metadata["names"] != FILE:
+            if item.metadata["leads"] != FILE:
                 continue
             value = getattr(self, item.name)
             if isinstance(value, str):
@@ -205,68 +191,67 @@ class Plateau(Intervention):
 
     family = ("plateau", "plateau_parts", "plateau_heads", "plateau_jacobian")
     pairs: str | None = setting(
-        None, as_text, part=MOVE, metavar="FILE", help="JSON lines with a and b", names=FILE
+        None, TEXT, part=MOVE, metavar="FILE", help="JSON lines with a and b", leads=FILE
     )
     a: str | None = setting(
-        None, as_text, part=MOVE, metavar="TEXT", help="one pair: the prompt whose context it is"
+        None, TEXT, part=MOVE, metavar="TEXT", help="one pair: the prompt whose context it is"
     )
     b: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=MOVE,
         metavar="TEXT",
         help="one pair: the prompt to whose state it goes",
     )
     depths: str | None = setting(
         None,
-        as_indices,
+        INDICES,
         part=MOVE,
         metavar="D",
         help="depths of the residual stream to move it at (default: all but the last)",
     )
     paths: tuple[str, ...] = setting(
         ("linear", "slerp"),
-        as_list_of(as_text),
+        list_of(word("linear", "slerp", "random", "covariance")),
         part=MOVE,
         metavar="P",
         help="linear, slerp (with the norm), and baselines: random, covariance (of --run)",
-        choices=("linear", "slerp", "random", "covariance"),
     )
     steps: int = setting(
-        50, as_whole(3), part=MOVE, metavar="N", help="steps from A to B, both included"
+        50, whole(3), part=MOVE, metavar="N", help="steps from A to B, both included"
     )
     from_end: int = setting(
-        1, as_whole(1), part=MOVE, metavar="N", help="move the N-th position from the end"
+        1, whole(1), part=MOVE, metavar="N", help="move the N-th position from the end"
     )
-    tau: float = setting(0.1, as_real, part=MOVE, metavar="T", help="distance that ends a plateau")
+    tau: float = setting(0.1, REAL, part=MOVE, metavar="T", help="distance that ends a plateau")
     parts: bool = setting(
         False,
-        as_switch,
+        SWITCH,
         part=BESIDES,
         help="again with parts frozen or made linear, together and layer by layer",
     )
     heads: bool = setting(
         False,
-        as_switch,
+        SWITCH,
         part=BESIDES,
         help="patterns and outputs of heads, their terms, own scores",
     )
     jacobian: int | None = setting(
         None,
-        as_whole(0),
+        whole(0),
         part=BESIDES,
         metavar="DEPTH",
         help="norms of the Jacobian along the path from this depth",
     )
     run: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=BESIDES,
         metavar="RUN",
         help="run whose residual stream gives the covariance; the results are kept beside it",
-        names=RUN,
+        leads=RUN,
     )
-    seed: int = setting(0, as_whole(0), part=BESIDES, metavar="N", help="of the random directions")
+    seed: int = setting(0, whole(0), part=BESIDES, metavar="N", help="of the random directions")
 
     def check(self) -> None:
         """Refuse both pairs and a pair, or neither, and a plateau that would be everywhere or nowhere."""
@@ -322,36 +307,35 @@ class Patch(Intervention):
     family = ("patch",)
     pairs: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=PATCHED,
         metavar="FILE",
         help="JSON lines with clean, corrupt, answer, wrong",
-        names=FILE,
+        leads=FILE,
     )
     sites: tuple[str, ...] = setting(
         ("resid", "attn_out", "mlp_out"),
-        as_list_of(as_text),
+        list_of(TEXT),
         part=PATCHED,
         metavar="A,B",
         help="resid, resid_mid, attn_out, mlp_out, q, k, v, z, mlp_pre, mlp_post",
     )
-    by_head: bool = setting(False, as_switch, part=PATCHED, help="patch q, k, v and z head by head")
+    by_head: bool = setting(False, SWITCH, part=PATCHED, help="patch q, k, v and z head by head")
     layers: str | None = setting(
         None,
-        as_indices,
+        INDICES,
         part=PATCHED,
         metavar="L",
         help="layers (and depths) to patch (default: all)",
     )
     edits: tuple[Edit, ...] = setting(
         (),
-        as_edits,
+        EDIT_LINES,
         part=PATCHED,
         metavar="EDIT",
         help="change the model in all runs",
         flag="--edit",
-        names=EDITS,
-        several=AGAIN,
+        leads=EDITS,
     )
 
     def check(self) -> None:
@@ -392,92 +376,89 @@ class Ablate(Intervention):
     family = ("ablate", "effects", "repeated")
     target: Edit | None = setting(  # noqa: RUF009 (a setting is a field)
         None,
-        as_target,
+        TARGET,
         part=SCALED,
         metavar="PLACE",
         help="a site and selections as in --edit: 'resid[3] position=first dim=447'",
-        names=EDITS,
+        leads=EDITS,
     )
     scales: tuple[float, ...] = setting(
-        SCALES, as_list_of(as_real), part=SCALED, metavar="S", help="factors, 1 changes nothing"
+        SCALES, list_of(REAL), part=SCALED, metavar="S", help="factors, 1 changes nothing"
     )
     sweep: str | None = setting(
         None,
-        as_text,
+        word("depth", "layer", "position", "head", "dim"),
         part=SCALED,
         metavar="DIM",
         help="depth, layer, position, head or dim: one chosen index after another",
-        choices=("depth", "layer", "position", "head", "dim"),
     )
     hold: bool = setting(
         False,
-        as_switch,
+        SWITCH,
         part=SCALED,
         help="keep it at its scaled value at every chosen depth",
     )
-    no_gradient: bool = setting(False, as_switch, part=SCALED, help="leave the derivatives out")
+    no_gradient: bool = setting(False, SWITCH, part=SCALED, help="leave the derivatives out")
     edits: tuple[Edit, ...] = setting(
         (),
-        as_edits,
+        EDIT_LINES,
         part=SCALED,
         metavar="EDIT",
         help="change the model besides, at scale 1 too",
         flag="--edit",
-        names=EDITS,
-        several=AGAIN,
+        leads=EDITS,
     )
     effects: bool = setting(
         False,
-        as_switch,
+        SWITCH,
         part=INSTEAD,
         help="direct and total effects of every head and MLP on the loss",
     )
     repeated: tuple[str, ...] = setting(
         (),
-        as_clusters,
+        CLUSTERS,
         part=INSTEAD,
         metavar="IDS",
         help="rows of one token again and again, one row for each of 262,13, or drawn from a cluster, 464+383: what "
         "the first layers' heads do",
-        several=AGAIN,
     )
     lengths: tuple[int, ...] = setting(
         (16, 64),
-        as_list_of(as_whole(2)),
+        list_of(whole(2)),
         part=INSTEAD,
         metavar="N,M",
         help="lengths of repeated rows",
     )
     first_layers: int = setting(
-        3, as_whole(1), part=INSTEAD, metavar="N", help="layers to look at for --repeated"
+        3, whole(1), part=INSTEAD, metavar="N", help="layers to look at for --repeated"
     )
     run: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=ROWS,
         metavar="RUN",
         help="the tokens and the model of a run; the results are kept beside it",
-        names=RUN,
+        leads=RUN,
     )
     tokens: str | None = setting(
         None,
-        as_text,
+        TEXT,
         part=ROWS,
         metavar="IDS.npy",
         help="token ids [sequence, position], -1 for padding",
-        names=FILE,
+        leads=FILE,
     )
     text: tuple[str, ...] = setting(
-        (), as_paths, part=ROWS, metavar="PATH", help="files of text", names=FILE, several=MANY
+        (), PATHS, part=ROWS, metavar="PATH", help="files of text", leads=FILE
     )
     seq_len: int | None = setting(
         None,
-        as_whole(1),
+        whole(1),
         part=ROWS,
         metavar="N",
         help="positions in a row, for --text (default: as many as the model has)",
     )
-    max_sequences: int = setting(8, as_whole(1), part=ROWS, metavar="N", help="rows to take")
+    max_sequences: int = setting(8, whole(1), part=ROWS, metavar="N", help="rows to take")
 
     def check(self) -> None:
         """Refuse a request that asks nothing, or that names no rows, or several kinds of them."""

@@ -4,90 +4,62 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import Field, field
+from dataclasses import field
 from typing import SupportsFloat, TypeVar
 
-from headwater.extractor.edits.grammar import INDICES, Edit, read_edits, read_target
+from headwater.extractor.edits.grammar import INDICES as GRAMMAR
+from headwater.extractor.edits.grammar import Edit, read_target
+from headwater.extractor.settings import EDITS, FILE, Kind, option
 from headwater.extractor.sites import RequestError
-
-# What a setting names, for those who check where it lies: a file to read, a model, a run, edits.
-FILE = "file"
-MODEL = "model"
-RUN = "run"
-EDITS = "edits"
-
-# How a flag takes several values: after one flag, or by being given again.
-MANY = "many"
-AGAIN = "again"
 
 MOST = 10**6
 
 T = TypeVar("T")
 
-# Reads the value of a flag, which comes as text, as JSON or as Python has it; raises RequestError for a wrong one.
-Reader = Callable[[str, object], object]
-
 
 def setting(
     default: T,
-    read: Reader,
+    kind: Kind,
     part: str,
     help: str,
     *,
-    metavar: str | None = None,
+    metavar: str = "",
     flag: str | None = None,
-    choices: tuple[str, ...] | None = None,
-    names: str = "",
-    several: str = "",
+    leads: str | None = None,
 ) -> T:
     """Declare a setting: a field of a request, from which its flag, its help and its JSON schema are made.
 
-    `part` is the heading that it stands under in the help, and `help_of` adds the default. A setting without a
-    `metavar` is a switch. `flag` is given where it is not the field's own name. `names` says what the value names
-    (FILE, MODEL, RUN or EDITS), and `several` how a flag takes more than one (MANY or AGAIN).
+    The help says the default besides, where that is a value and not put in words already.
     """
-    metadata = {
-        "read": read,
-        "part": part,
-        "help": help,
-        "metavar": metavar,
-        "flag": flag,
-        "choices": choices,
-        "names": names,
-        "several": several,
-    }
-    made: T = field(default=default, metadata=metadata)
+    said = f"{help}{_default(default)}"
+    made: T = field(
+        default=default, metadata=option(kind, part, said, metavar, flag=flag, leads=leads)
+    )
     return made
 
 
-def help_of(item: Field[object]) -> str:
-    """Return the help of a setting with its default, where that is a value and not put in words already."""
-    said: str = item.metadata["help"]
-    default = item.default
-    if isinstance(default, list | tuple):
-        default = ",".join(map(str, default))
-    if default is None or default is False or default == "":
-        return said
-    return f"{said} (default: {default})"
+def _default(value: object) -> str:
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    if value is None or value is False or value == "":
+        return ""
+    return f" (default: {value})"
 
 
-def as_text(flag: str, value: object) -> str:
+def _read_text(flag: str, value: object) -> str:
     """Read text that is not blank."""
     if not isinstance(value, str) or not value.strip():
         raise RequestError(f"{flag} is {value!r}; expected text.")
     return value
 
 
-def as_switch(flag: str, value: object) -> bool:
-    """Read true or false."""
-    if not isinstance(value, bool):
-        raise RequestError(f"{flag} is {value!r}; expected true or false.")
-    return value
+def word(*choices: str) -> Kind:
+    """Text that is one of a few words, which is for the measure itself to check."""
+    return Kind(_read_text, {"type": "string", "enum": list(choices)}, choices=choices)
 
 
-def as_whole(least: int) -> Callable[[str, object], int]:
-    """Return a reader of whole numbers from `least` on."""
+def whole(least: int) -> Kind:
+    """Whole numbers from `least` on."""
 
     def read(flag: str, value: object) -> int:
         number = least - 1
@@ -101,10 +73,10 @@ def as_whole(least: int) -> Callable[[str, object], int]:
             )
         return number
 
-    return read
+    return Kind(read, {"type": "integer", "minimum": least, "maximum": MOST})
 
 
-def as_real(flag: str, value: object) -> float:
+def _read_real(flag: str, value: object) -> float:
     """Read a finite number."""
     number = math.nan
     if isinstance(value, str | SupportsFloat) and not isinstance(value, bool):
@@ -117,33 +89,34 @@ def as_real(flag: str, value: object) -> float:
     return number
 
 
-def as_list_of(read: Reader) -> Callable[[str, object], tuple[object, ...]]:
-    """Return a reader of lists, which may be text with commas, that reads item by item."""
+def list_of(kind: Kind) -> Kind:
+    """Lists, which may be text with commas, whose items are of a kind."""
 
     def read_list(flag: str, value: object) -> tuple[object, ...]:
         items = _items(value.split(",") if isinstance(value, str) else value)
         if not items:
             raise RequestError(f"{flag} is {value!r}; expected at least one.")
         stripped = [item.strip() if isinstance(item, str) else item for item in items]
-        return tuple(read(flag, item) for item in stripped)
+        return tuple(kind.read(flag, item) for item in stripped)
 
-    return read_list
+    listed = {"type": "array", "items": dict(kind.schema), "minItems": 1}
+    return Kind(read_list, {"anyOf": [{"type": "string"}, listed]})
 
 
-def as_indices(flag: str, value: object) -> str:
+def _read_indices(flag: str, value: object) -> str:
     """Read a selection of indices, whose bounds only the model knows; return it as text without blanks."""
     chosen = "".join(",".join(map(str, _items(value))).split())
-    if not INDICES.fullmatch(chosen):
+    if not GRAMMAR.fullmatch(chosen):
         raise RequestError(f"{flag} is {value!r}; expected numbers and ranges, such as 0,4:8.")
     return chosen
 
 
-def as_paths(flag: str, value: object) -> tuple[str, ...]:
+def _read_paths(flag: str, value: object) -> tuple[str, ...]:
     """Read one path or several."""
-    return tuple(as_text(flag, item) for item in _items(value))
+    return tuple(_read_text(flag, item) for item in _items(value))
 
 
-def as_clusters(flag: str, value: object) -> tuple[str, ...]:
+def _read_clusters(flag: str, value: object) -> tuple[str, ...]:
     """Read token ids: with commas between rows, and plus signs within the cluster that one row draws from."""
     items = _items(value)
     for item in items:
@@ -154,19 +127,14 @@ def as_clusters(flag: str, value: object) -> tuple[str, ...]:
     return tuple(map(str, items))
 
 
-def as_compute(flag: str, value: object) -> str:
+def _read_compute(flag: str, value: object) -> str:
     """Read the precision of the model's arithmetic."""
     if value not in ("fp32", "fp64"):
         raise RequestError(f"{flag} is {value!r}; expected fp32 or fp64.")
     return str(value)
 
 
-def as_edits(flag: str, value: object) -> tuple[Edit, ...]:
-    """Read edits of the forward pass."""
-    return read_edits(value)
-
-
-def as_target(flag: str, value: object) -> Edit:
+def _read_target(flag: str, value: object) -> Edit:
     """Read a place without an operation."""
     return read_target(value)
 
@@ -176,3 +144,18 @@ def _items(value: object) -> list[object]:
     if isinstance(value, list | tuple):
         return list(value)
     return [value]
+
+
+_STRINGS = {"type": "array", "items": {"type": "string"}}
+_TEXT = {"type": "string"}
+
+TEXT = Kind(_read_text, _TEXT)
+REAL = Kind(_read_real, {"type": "number"})
+INDICES = Kind(
+    _read_indices,
+    {"anyOf": [_TEXT, {"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]},
+)
+PATHS = Kind(_read_paths, {"anyOf": [_TEXT, _STRINGS]}, many="words", leads=FILE)
+CLUSTERS = Kind(_read_clusters, {"anyOf": [_TEXT, _STRINGS]}, many="again")
+PRECISION = Kind(_read_compute, {"type": "string", "enum": ["fp32", "fp64"]})
+TARGET = Kind(_read_target, {"anyOf": [_TEXT, {"type": "object"}]}, leads=EDITS)

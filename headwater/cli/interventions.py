@@ -8,8 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headwater.cli.command import DONE, Command
-from headwater.cli.intervention_arguments import add_ablate, add_patch, add_plateau
+from headwater.cli.command import DONE, Command, Parser, add_options, part_of
 from headwater.cli.show import print_json
 
 if TYPE_CHECKING:
@@ -17,27 +16,88 @@ if TYPE_CHECKING:
     from headwater.store.place import Place
 
 
-def run_plateau(options: Namespace) -> int:
-    """Sweep plateaus; keep and print the results."""
-    return _run("plateau", options)
+PLATEAU = """\
+Move the residual stream at one depth and position from prompt A's state to prompt B's, in A's context, and see how flat
+the output is: curves and widths at every later depth and at the logits, for many pairs and depths at once.
+
+PAIRS.jsonl has one pair a line, text or lists of token ids: {"a": "The house is", "b": "The river was"}"""
+PLATEAU_EXAMPLES = """examples:
+  headwater plateau --model gpt2 --a "The house is" --b "The river was" --depths 0,2,6
+  headwater plateau --model gpt2 --pairs pairs.jsonl --parts --heads          what makes the plateaus, layer by layer
+  headwater plateau --model gpt2 --pairs pairs.jsonl --run run --paths linear,random,covariance
+"""
+PATCH = """\
+Put clean values into a corrupt run, one site, layer and position (and head) at a time, and see how much of the logit
+difference between the right and the wrong answer comes back.
+
+PAIRS.jsonl has lines of equally long prompts: {"clean": "…", "corrupt": "…", "answer": " Paris", "wrong": " Rome"}"""
+PATCH_EXAMPLES = """examples:
+  headwater patch --model gpt2 --pairs capitals.jsonl
+  headwater patch --model gpt2 --pairs capitals.jsonl --sites z --by-head --layers 6:12
+"""
+ABLATE = """\
+Scale what is at a place over a grid and see what depends on it: loss, mass on the first key by layer and head, norms
+and cosines of the residual stream, and the derivatives of loss and first-token shares by the scale at 1."""
+ABLATE_EXAMPLES = """examples:
+  headwater ablate --run run --target 'resid[3] position=first dim=447'
+  headwater ablate --run run --target 'resid[3:] position=first dim=447' --hold --scales 0,0.5,1,1.5,2
+  headwater ablate --model gpt2 --text book.txt --seq-len 256 --target 'z[5]' --sweep head --scales 0
+  headwater ablate --run run --effects                       what the loss needs, head by head: directly and in total
+  headwater ablate --model gpt2 --repeated 262,13 --repeated 464+383+632 --lengths 16,64,256
+"""
 
 
-def run_patch(options: Namespace) -> int:
-    """Patch pairs; keep and print the results."""
-    return _run("patch", options)
+def add_plateau(parser: Parser) -> None:
+    """Add the arguments of `plateau`."""
+    parser.description = PLATEAU
+    parser.epilog = PLATEAU_EXAMPLES
+    parser.usage = (
+        "headwater plateau (--pairs PAIRS.jsonl | --a TEXT --b TEXT) [more of the arguments below]"
+    )
+    _add_settings(parser, "plateau")
 
 
-def run_ablate(options: Namespace) -> int:
-    """Ablate by scale, measure effects or probe repeated tokens; keep and print the results."""
-    return _run("ablate", options)
+def add_patch(parser: Parser) -> None:
+    """Add the arguments of `patch`."""
+    parser.description = PATCH
+    parser.epilog = PATCH_EXAMPLES
+    parser.usage = "headwater patch --pairs PAIRS.jsonl [more of the arguments below]"
+    _add_settings(parser, "patch")
 
 
-def _run(kind: str, options: Namespace) -> int:
-    """Make the request of the flags that were given, and report what it finds."""
+def add_ablate(parser: Parser) -> None:
+    """Add the arguments of `ablate`."""
+    parser.description = ABLATE
+    parser.epilog = ABLATE_EXAMPLES
+    parser.usage = "headwater ablate (--run RUN | --tokens IDS.npy | --text PATH …) --target PLACE [more below]"
+    _add_settings(parser, "ablate")
+
+
+def _add_settings(parser: Parser, kind: str) -> None:
+    """Add the settings of the request, and what becomes of its results."""
+    from headwater.analysis.interventions.requests import MODEL_PART, REQUESTS
+
+    add_options(parser, REQUESTS[kind])
+    part = part_of(parser, MODEL_PART)
+    part.add_argument(
+        "--out",
+        metavar="NAME",
+        help="keep the results in NAME.analysis (default: beside --run, else here)",
+    )
+    part.add_argument("--plot", metavar="DIR", help="draw the results as .png files in DIR")
+
+
+def run_intervention(options: Namespace) -> int:
+    """Make the request of the flags that were given; keep and print what it finds."""
     from headwater.analysis.interventions.requests import REQUESTS, make_request
 
-    given = {item.name: getattr(options, item.name, None) for item in fields(REQUESTS[kind])}
-    request = make_request(kind, {name: v for name, v in given.items() if v is not None})
+    kind = options.command.name
+    given: dict[str, object] = {}
+    for item in fields(REQUESTS[kind]):
+        value = getattr(options, item.name)
+        if value is not None:
+            given[item.name] = value
+    request = make_request(kind, given)
     found, _ = request.results()
     return _report(options, request, found)
 
@@ -91,18 +151,18 @@ COMMANDS = (
         "plateau",
         "move a state from one prompt's to another's, and see plateaus",
         add_plateau,
-        run_plateau,
+        run_intervention,
     ),
     Command(
         "patch",
         "patch clean activations into a corrupt prompt, place by place",
         add_patch,
-        run_patch,
+        run_intervention,
     ),
     Command(
         "ablate",
         "scale what is at a place, and see loss, sinks and gradients",
         add_ablate,
-        run_ablate,
+        run_intervention,
     ),
 )

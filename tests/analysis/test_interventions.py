@@ -1,6 +1,5 @@
 """Patching and ablation against single edited passes, gradients against differences, and what is refused."""
 
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from headwater.analysis.interventions.effects import effects
 from headwater.analysis.interventions.patching import patch, read_cases
 from headwater.analysis.interventions.prompts import Pair, Reader, read_pairs
 from headwater.analysis.interventions.requests import REQUESTS
-from headwater.analysis.interventions.settings import help_of
 from headwater.analysis.measures.repeated import repeated
 from headwater.extractor.edits.grammar import Edit, parse_edit
 from headwater.extractor.model.forward import Model
+from headwater.extractor.settings import options_of
 
 N_LAYER, V = 3, 31
 CLEAN, CORRUPT = [3, 1, 4, 1, 5, 9], [3, 1, 7, 1, 5, 8]
@@ -264,13 +263,12 @@ def test_repeated_tokens_in_a_model_without_positions(oracle):
 
 @pytest.mark.parametrize("kind", REQUESTS)
 def test_every_setting_says_what_its_flag_needs(kind):
-    for item in fields(REQUESTS[kind]):
-        said = item.metadata
-        assert said["part"] and said["help"], item.name
-        assert (said["metavar"] is None) == (item.default is False), item.name
-        default = f"(default: {item.default})"
-        plain = isinstance(item.default, int | float | str) and item.default is not False
-        assert help_of(item).endswith(default) == plain, item.name
-        if said["choices"] and item.default is not None:
-            chosen = item.default if isinstance(item.default, tuple) else (item.default,)
-            assert set(chosen) <= set(said["choices"]), item.name
+    for one in options_of(REQUESTS[kind]):
+        assert one.part and one.help and one.leads, one.name
+        switch = one.kind.schema.get("type") == "boolean"
+        assert switch == (not one.metavar) == (one.default is False), one.name
+        default = f"(default: {one.default})"
+        plain = isinstance(one.default, int | float | str) and one.default is not False
+        assert one.help.endswith(default) == plain, one.name
+        if isinstance(one.default, str) and "enum" in one.kind.schema:
+            assert one.default in one.kind.schema["enum"], one.name

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 from headwater.analysis.interventions.requests import REQUESTS, Ablate, make_request
-from headwater.analysis.interventions.settings import EDITS, FILE, MODEL
 from headwater.extractor.edits.grammar import Edit
+from headwater.extractor.settings import EDITS, FILE, MODEL
 
 TORCH_BYTES = 640 << 20
 
@@ -29,7 +29,7 @@ def resolve_intervention(
     settings = dict(document)
     settings.pop("run", None)
     own_rows = "text" in settings or "tokens" in settings
-    known = {item.name: item.metadata["names"] for item in fields(REQUESTS[kind])}
+    known = {item.name: item.metadata["leads"] for item in fields(REQUESTS[kind])}
     if "run" in known and not own_rows:
         settings["run"] = run
     if settings.get("model") is None:
