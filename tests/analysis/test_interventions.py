@@ -1,6 +1,5 @@
 """Patching and ablation against single edited passes, gradients against differences, and what is refused."""
 
-
 import numpy as np
 import pytest
 
