@@ -25,7 +25,8 @@ from headwater.benchmarks.lib.measure import gemm_rate, interleave, ratio, write
 from headwater.extractor.block import Worker
 from headwater.extractor.in_memory import capture
 from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import COMPUTE, Model, NoTap
+from headwater.extractor.model.forward import COMPUTE, Model
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
 from headwater.extractor.plan import make_plan
 from headwater.extractor.request import RunConfig

@@ -24,7 +24,9 @@ from headwater.analysis.interventions.replay import Replay
 from headwater.benchmarks.bench_extract import SIZES
 from headwater.benchmarks.lib.measure import write_csv
 from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import Model, NoTap
+from headwater.extractor.model.forward import Model
+from headwater.extractor.model.tap import NoTap
+from headwater.extractor.model.walk import Micro, walk_layers
 from headwater.extractor.model.weights import Checkpoint, ModelConfig
 
 COLUMNS = (
@@ -82,7 +84,8 @@ class Plain:
         start = time.perf_counter()
         with torch.inference_mode():
             while left > 0:
-                self.model.layer(layer % self.model.config.n_layer, x, self.batch, NoTap())
+                at = layer % self.model.config.n_layer
+                walk_layers(self.model, [Micro(0, self.batch, x)], NoTap(), at, at + 1)
                 layer = layer + 1
                 left = left - x.shape[0] * x.shape[1]
         return (time.perf_counter() - start) * n_positions / (n_positions - left)

@@ -6,7 +6,6 @@ import os
 import socket
 import time
 from contextlib import ExitStack, suppress
-from functools import partial
 
 import torch
 
@@ -18,6 +17,7 @@ from headwater.extractor.model.device_tap import DeviceTap
 from headwater.extractor.model.forward import Model
 from headwater.extractor.model.forward_device import KernelModel
 from headwater.extractor.model.transfer import Transfer, ring_capacity
+from headwater.extractor.model.walk import Micro, walk
 from headwater.extractor.plan import Plan
 from headwater.extractor.selection import Selection
 from headwater.extractor.sites import SITES
@@ -51,15 +51,16 @@ class Worker:
         self.keep_overflow = keep_overflow
         self.editor = Editor(plan.edits, model, manifest.n_positions)
         self._stack = ExitStack()
-        n_threads = (
-            DEVICE_WRITERS if isinstance(model, KernelModel) else 1
-        )  # beside a GPU the processor has time
+        n_threads = 1
+        if isinstance(model, KernelModel):  # beside a GPU the processor has time
+            n_threads = DEVICE_WRITERS
         self.writer = self._stack.enter_context(
             open_writer(run, manifest.arrays, manifest.block, n_threads)
         )
         self._text = open_run(run, manifest=manifest)
         shape = (manifest.block, padded(manifest.n_positions), model.config.d_model)
         self._stream = torch.empty(shape, dtype=model.stream, device=model.device)
+        self._n_layers = last_layer(plan.selection, model.config.n_layer)
         self._maker = maker(str(model.device))
         self._transfer: Transfer | None = None
         if isinstance(model, KernelModel):
@@ -72,19 +73,15 @@ class Worker:
         """Compute a block, make its shards durable, and return the ledger entry that would commit it."""
         first, last = self.manifest.block_range(block)
         start = time.perf_counter()
-        specs = {spec.name: spec for spec in self.manifest.arrays}
-        host = CaptureTap(
-            self.plan.selection,
-            specs,
-            self.writer,
-            self.plan.top_k,
-            self.keep_overflow,
-        )
-        tap = host if self._transfer is None else DeviceTap(host, self._transfer, self.model.device)
+        tap = self._tap()
+        micros = self._micros(first, last)
         self.writer.begin(first, last, f"{block:08d}.{attempt}")
+        if self._transfer is not None:
+            self._transfer.begin()
         try:
             with torch.inference_mode():
-                n_tokens = self._walk(first, last, tap)
+                walk(self.model, micros, tap, self._n_layers)
+                n_tokens = sum(_count_tokens(micro.batch) for micro in micros)
                 tap.finish()
             computed = time.perf_counter()
             files = self.writer.finish()
@@ -107,7 +104,7 @@ class Worker:
             last=last,
             n_tokens=n_tokens,
             files=file_sums(files),
-            casts=host.casts,
+            casts=tap.recorder.casts,
             seconds={k: round(v, 6) for k, v in seconds.items()},
             worker=f"{socket.gethostname()}:{os.getpid()}",
             made_by=self._maker,
@@ -123,56 +120,33 @@ class Worker:
             with suppress(BaseException):
                 self._transfer.drain()
 
-    def _walk(self, first: int, last: int, tap: CaptureTap | DeviceTap) -> int:
-        """Take every micro-batch through a layer before any goes on to the next; return the number of tokens."""
-        micros = self._batches(first, last)
-        if self._transfer is not None:
-            self._transfer.begin()
+    def _tap(self) -> CaptureTap:
+        """Return a tap for one block: on a device, one that sends what it takes through the transfer."""
+        arrays = self.manifest.arrays
+        if self._transfer is None:
+            return CaptureTap(self.plan, arrays, self.writer, self.keep_overflow)
+        device = self.model.device
+        return DeviceTap(self.plan, arrays, self.writer, self._transfer, device, self.keep_overflow)
 
-        def place(at: int, batch: Batch) -> torch.Tensor:
-            tap.place(
-                first + at, batch.row_start, self.manifest.n_positions, self.model.config.n_head
-            )
-            return self._stream[at : at + batch.tokens.shape[0]]
-
-        for at, batch in micros:
-            x = self.model.embed(batch, place(at, batch))
-            tap.take_depth(0, x, None)
-        self._close(tap, "depth", 0)
-        for layer in range(last_layer(self.plan.selection, self.model.config.n_layer)):
-            for at, batch in micros:
-                x = place(at, batch)
-                before = x.clone() if tap.wants_previous else None
-                told = self.model.layer(layer, x, batch, tap, before)
-                tap.take_depth(layer + 1, x, before, told)
-            self._close(tap, "layer", layer)
-            self._close(tap, "depth", layer + 1)
-        for at, batch in micros:
-            self.model.finish(place(at, batch), batch, tap)
-        t = torch.arange(padded(self.manifest.n_positions), device=self.model.device)
-        return sum(int((batch.row_start <= t).sum()) for _, batch in micros)
-
-    def _batches(self, first: int, last: int) -> list[tuple[int, Batch]]:
+    def _micros(self, first: int, last: int) -> list[Micro]:
+        """Cut a block into micro-batches, each with its part of the block's stream."""
         tokens = self._text.rows("tokens", first, last)
         row_start = self._text.rows("row_start", first, last)
         edge = tile_edge(self.manifest.n_positions)
-        micro = self.manifest.micro
-        micros = [
-            (
-                at,
-                self.editor.hook(
-                    make_batch(tokens[at : at + micro], row_start[at : at + micro], edge),
-                    first + at,
-                ),
-            )
-            for at in range(0, last - first, micro)
-        ]
-        return [(at, batch.to(self.model.device)) for at, batch in micros]
+        micros = []
+        for at in range(0, last - first, self.manifest.micro):
+            rows = slice(at, at + self.manifest.micro)
+            batch = make_batch(tokens[rows], row_start[rows], edge)
+            edited = self.editor.hook(batch, first + at).to(self.model.device)
+            x_BTD = self._stream[at : at + len(edited.tokens)]
+            micros.append(Micro(first + at, edited, x_BTD))
+        return micros
 
-    def _close(self, tap: CaptureTap | DeviceTap, axis: str, index: int) -> None:
-        chosen = self.plan.selection.along(axis)
-        if index in chosen:
-            tap.then(partial(self.writer.close_layer, axis, chosen.index(index)))
+
+def _count_tokens(batch: Batch) -> int:
+    """Count the positions that are no padding."""
+    t = torch.arange(batch.row_start.shape[1], device=batch.row_start.device)
+    return int((batch.row_start <= t).sum())
 
 
 def split_seconds(seconds: dict[str, float], transfer: dict[str, float]) -> dict[str, float]:

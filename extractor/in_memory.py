@@ -66,6 +66,9 @@ class MemorySink:
             target = strip[:, :, j * edge : (j + 1) * edge]
             target[:] = tile.reshape(-1, edge, edge)[:, : target.shape[1], : target.shape[2]]
 
+    def close_layer(self, axis: str, index: int) -> None:
+        """Do nothing: all stays in memory."""
+
 
 def capture(
     model: Any,
@@ -154,24 +157,14 @@ def run_in_memory(
     editor = Editor(plan.edits, model, tokens.shape[1])
     batch = editor.hook(make_batch(tokens, row_start, tile_edge(tokens.shape[1])).to(model.device))
     sink = MemorySink(plan.arrays)
-    specs = {spec.name: spec for spec in plan.arrays}
-    host = CaptureTap(plan.selection, specs, sink, plan.top_k, keep_overflow=True)
     with ExitStack() as stack, torch.inference_mode():
-        tap: CaptureTap | DeviceTap = host
+        tap = CaptureTap(plan, plan.arrays, sink, keep_overflow=True)
         if isinstance(model, KernelModel):
-            transfer = Transfer(
-                model.device, ring_capacity(sequence_bytes(spec) for spec in plan.arrays)
-            )
+            ring = ring_capacity(sequence_bytes(spec) for spec in plan.arrays)
+            transfer = Transfer(model.device, ring)
             stack.callback(transfer.close)
-            tap = DeviceTap(host, transfer, model.device)
-        tap.place(0, batch.row_start, tokens.shape[1], model.config.n_head)
-        x = model.embed(batch)
-        tap.take_depth(0, x, None)
-        for layer in range(model.config.n_layer):
-            before = x.clone() if tap.wants_previous else None
-            told = model.layer(layer, x, batch, tap, before)
-            tap.take_depth(layer + 1, x, before, told)
-        model.finish(x, batch, tap)
+            tap = DeviceTap(plan, plan.arrays, sink, transfer, model.device, keep_overflow=True)
+        model.run(batch, tap)
         tap.finish()
     return sink
 

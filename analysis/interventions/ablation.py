@@ -20,9 +20,9 @@ from headwater.extractor.edits.grammar import Edit
 from headwater.extractor.edits.places import Place, place_edits
 from headwater.extractor.model.batch import Batch, make_batch
 from headwater.extractor.model.forward import Model
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.model.weights import Checkpoint
 from headwater.extractor.sites import SITES
-from headwater.kernels.mask import RowBlock
 
 TOKENS_AT_ONCE = 4096
 SWEEPS = {"depth": "at", "layer": "at", "position": "positions", "head": "heads", "dim": "dims"}
@@ -51,7 +51,7 @@ CONVENTIONS = (
 )
 
 
-class Measure:
+class Measure(NoTap):
     """A tap that adds up what `ablate` reports; the run at scale 1 leaves its states for the cosines."""
 
     def __init__(self, n_layer: int, n_head: int) -> None:
@@ -62,7 +62,7 @@ class Measure:
         self.clean: dict[int, torch.Tensor] = {}
         self.keep = False
 
-    def place(self, batch: Batch) -> None:
+    def begin(self, batch: Batch) -> None:
         """Say which batch comes."""
         t = torch.arange(batch.row_start.shape[1])
         real = batch.row_start <= t
@@ -96,12 +96,6 @@ class Measure:
                     torch.nn.functional.cosine_similarity(x, y, -1).double().sum()
                 )
                 self.n[i, layer] += len(x)
-
-    def take_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> None:
-        """Refuse: rows are not asked for."""
-        raise AssertionError(site)
 
     def mean_loss(self) -> float:
         """Return the mean over tokens of all rows, nats."""
@@ -167,7 +161,7 @@ def ablate(
             batch = make_batch(tokens[first : first + step], starts[first : first + step])
             clean: dict[int, torch.Tensor] = {}
             for editor, measure in zip(tries, measures, strict=True):
-                measure.place(batch)
+                measure.begin(batch)
                 measure.keep = editor is None
                 measure.clean = clean
                 model.run((plain if editor is None else editor).hook(batch, first), measure)

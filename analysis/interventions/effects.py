@@ -17,8 +17,9 @@ from headwater.analysis.interventions.replay import Replay
 from headwater.extractor.edits.apply import Editor
 from headwater.extractor.edits.grammar import Edit
 from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import Model, NoTap
+from headwater.extractor.model.forward import Model
 from headwater.extractor.model.hook import RecordHook
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.model.weights import Checkpoint
 
 ROWS = 512

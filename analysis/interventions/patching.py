@@ -16,9 +16,11 @@ import torch
 from headwater.analysis.interventions.prompts import Pair, Reader
 from headwater.extractor.edits.apply import Editor
 from headwater.extractor.edits.grammar import Edit
-from headwater.extractor.model.batch import Batch, make_batch
-from headwater.extractor.model.forward import Model, NoTap, Tap
-from headwater.extractor.model.hook import Hook, NoHook, RecordHook
+from headwater.extractor.model.batch import Batch, Forward, Hook, NoHook, make_batch
+from headwater.extractor.model.forward import Model
+from headwater.extractor.model.hook import RecordHook
+from headwater.extractor.model.tap import NoTap, Tap
+from headwater.extractor.model.walk import Micro, walk_layers
 from headwater.extractor.model.weights import Checkpoint
 from headwater.extractor.sites import SITES
 from headwater.kernels.mask import RowBlock
@@ -84,7 +86,7 @@ class PatchRows:
         self._heads = heads
         self._clean = clean
 
-    def prepare(self, model: Model, layer: int, batch: Batch, tap: Tap) -> None:
+    def prepare(self, model: Forward, layer: int, batch: Batch, tap: Tap) -> None:
         """Let the inner hook make ready."""
         self._inner.prepare(model, layer, batch, tap)
 
@@ -239,8 +241,8 @@ class _Case:
             x = self.corrupt["resid", at].expand(len(positions), -1, -1).clone()
             if site == "resid":
                 x[torch.arange(len(x)), positions] = clean[positions]
-            for layer in range(at, self.model.config.n_layer):
-                self.model.layer(layer, x, batch, NoTap())
+            micro = Micro(0, batch, x)
+            walk_layers(self.model, [micro], NoTap(), at, self.model.config.n_layer)
             return np.asarray(self._difference(x).numpy())
 
     def _difference(self, x: torch.Tensor) -> torch.Tensor:
@@ -259,7 +261,7 @@ class _Both(NoHook):
     def __init__(self, first: Hook, second: RecordHook) -> None:
         self._both = first, second
 
-    def prepare(self, model: Model, layer: int, batch: Batch, tap: Tap) -> None:
+    def prepare(self, model: Forward, layer: int, batch: Batch, tap: Tap) -> None:
         """Prepare both."""
         for hook in self._both:
             hook.prepare(model, layer, batch, tap)

@@ -19,8 +19,8 @@ from headwater.analysis.engine.scan import as_run
 from headwater.analysis.measures.massive import LEVELS, massive_dimensions
 from headwater.extractor.model.batch import make_batch
 from headwater.extractor.model.forward import Model
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
-from headwater.kernels.mask import RowBlock
 from headwater.store.reader import Run
 
 SITES = ("resid", "attn_out", "mlp_out", "z", "mlp_post")
@@ -49,7 +49,7 @@ class Event:
     position: int
 
 
-class PositionTap:
+class PositionTap(NoTap):
     """Keep one position, or several, of the first sequence at every site of SITES: `values[site][layer]`."""
 
     def __init__(self, at: int | torch.Tensor) -> None:
@@ -63,12 +63,6 @@ class PositionTap:
     def take(self, site: str, layer: int, value: torch.Tensor) -> None:
         """Copy the positions."""
         self.values[site][layer] = value[0, self.at].clone()
-
-    def take_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> None:
-        """Refuse: rows are not asked for."""
-        raise AssertionError(site)
 
 
 def massive_events(run: Run, result: Any, level: str = "large") -> list[Event]:

@@ -37,8 +37,9 @@ from headwater.benchmarks.lib.measure import (
 from headwater.extractor.block import Worker
 from headwater.extractor.limits import device_bytes
 from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import COMPUTE, NoTap
+from headwater.extractor.model.forward import COMPUTE
 from headwater.extractor.model.forward_device import KernelModel
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
 from headwater.extractor.plan import GPU_MICRO_TOKENS, make_plan
 from headwater.extractor.request import RunConfig

@@ -13,9 +13,11 @@ from headwater.extractor.edits.grammar import Edit
 from headwater.extractor.edits.places import Place, Spots, find_function, item_shape, place_edits
 from headwater.extractor.edits.values import make_source
 from headwater.extractor.model.activations import value_and_slope
-from headwater.extractor.model.batch import Batch
-from headwater.extractor.model.forward import Model, Tap
+from headwater.extractor.model.batch import Batch, Forward
+from headwater.extractor.model.forward import Model
 from headwater.extractor.model.hook import RecordHook
+from headwater.extractor.model.tap import NoTap, Tap
+from headwater.extractor.model.walk import Micro, walk_layers
 from headwater.extractor.sites import SITES
 from headwater.kernels.mask import RowBlock
 
@@ -52,7 +54,7 @@ class Editor:
         return replace(batch, hook=BoundEdits(self, batch, first)) if self.places else batch
 
 
-class _Shadow:
+class _Shadow(NoTap):
     """A tap that keeps nothing but makes the pass round as another tap does, which wants `attn_out` or `mlp_out`."""
 
     def __init__(self, other: Tap) -> None:
@@ -65,11 +67,6 @@ class _Shadow:
         )
 
     def take(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Keep nothing."""
-
-    def take_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> None:
         """Keep nothing."""
 
 
@@ -87,7 +84,7 @@ class BoundEdits:
         self._kept: dict[Where, torch.Tensor] = {}
         self._pre: torch.Tensor | None = None
 
-    def prepare(self, model: Model, layer: int, batch: Batch, tap: Tap) -> None:
+    def prepare(self, model: Forward, layer: int, batch: Batch, tap: Tap) -> None:
         """Take the reference pass through a layer and keep what edits will ask of it."""
         if layer > self.editor.last:
             self._stream = None
@@ -100,7 +97,8 @@ class BoundEdits:
         if layer == model.config.n_layer:
             model.finish(self._stream, plain, _Shadow(tap))
         else:
-            model.layer(layer, self._stream, plain, _Shadow(tap))
+            micro = Micro(self.first, plain, self._stream)
+            walk_layers(model, [micro], _Shadow(tap), layer, layer + 1)
         self._kept = record.kept
 
     def changes(self, site: str, layer: int) -> bool:

@@ -17,8 +17,9 @@ from headwater.extractor.edits.places import (
     prompt_ids,
 )
 from headwater.extractor.model.batch import Batch, make_batch
-from headwater.extractor.model.forward import Model, NoTap
+from headwater.extractor.model.forward import Model
 from headwater.extractor.model.hook import RecordHook
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.sites import SITES, SQUARE
 from headwater.store.reader import Run
 

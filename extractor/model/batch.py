@@ -1,20 +1,87 @@
-"""Sequences made ready for the forward pass: padded rows, positions, masks and targets."""
+"""Sequences made ready for the forward pass: padded rows, positions, masks, targets, and the hook on their values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from headwater.extractor.model.hook import NO_HOOK, Hook
+from headwater.extractor.model.tap import Tap
+from headwater.extractor.model.weights import ModelConfig
 from headwater.kernels.cpu.products import GROUP
 from headwater.kernels.mask import RowBlock, split_rows
+from headwater.kernels.output import ResidualOutput
 
 ROWS = 16
 ATTENTION_ROWS = 128
 LOGIT_ROWS = 512
 LOGIT_BYTES = 64 << 20
+
+
+class Forward(Protocol):
+    """A model as the walk and the hooks see it, a layer at a time."""
+
+    config: ModelConfig
+
+    def embed(self, batch: Batch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the residual stream at depth 0, [B, T, D], written to `out` where one is given."""
+
+    def layer(
+        self,
+        layer: int,
+        x_BTD: torch.Tensor,
+        batch: Batch,
+        tap: Tap,
+        previous: torch.Tensor | None = None,
+    ) -> ResidualOutput | None:
+        """Advance the residual stream through one layer, in place."""
+
+    def finish(self, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
+        """Give what comes behind the last layer, as far as the tap wants it."""
+
+
+class Hook(Protocol):
+    """What the forward pass asks before it uses a value; `changes` is false wherever nothing is to be done."""
+
+    def prepare(self, model: Forward, layer: int, batch: Batch, tap: Tap) -> None:
+        """Make ready for a layer, or for the output where `layer` is n_layer; the scratch memory is free."""
+
+    def changes(self, site: str, layer: int) -> bool:
+        """Say whether a site is changed (or looked at) at a layer or depth."""
+
+    def apply(self, site: str, layer: int, value: torch.Tensor) -> None:
+        """Change a value [B, T, …] in place; what is left alone keeps its bits."""
+
+    def apply_rows(
+        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
+    ) -> bool:
+        """Change one row block [N, Q, K] of `pattern` or `attn_scores` in place; say whether any bit changed."""
+
+
+class NoHook:
+    """Change nothing."""
+
+    def prepare(self, model: Forward, layer: int, batch: Batch, tap: Tap) -> None:
+        """Do nothing."""
+
+    def changes(self, site: str, layer: int) -> bool:
+        """Say no."""
+        return False
+
+    def apply(self, site: str, layer: int, value: torch.Tensor) -> None:
+        """Fail: nothing is changed."""
+        raise AssertionError(site)
+
+    def apply_rows(
+        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
+    ) -> bool:
+        """Fail: nothing is changed."""
+        raise AssertionError(site)
+
+
+NO_HOOK = NoHook()
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
-from headwater.extractor.capture import CaptureTap
-from headwater.extractor.cluster.placement import Placement
+from headwater.extractor.capture import CaptureTap, Sink
 from headwater.extractor.model.transfer import Transfer, largest_item
+from headwater.extractor.placement import Placement
+from headwater.extractor.plan import Plan
 from headwater.extractor.sites import RESID_STATISTICS
+from headwater.kernels.mask import RowBlock
 from headwater.kernels.output import ResidualOutput
 from headwater.kernels.residual import residual_tap
+from headwater.store.layout import ArraySpec
 
 FROM_KERNEL = {
     "resid_norm": "norm",
@@ -22,44 +25,42 @@ FROM_KERNEL = {
 }
 
 
-class DeviceTap:
-    """Take values from a `KernelModel`, on whatever device it runs, and let `host` store them on another thread.
+class DeviceTap(CaptureTap):
+    """Take values from a `KernelModel`, on whatever device it runs, and let the recorder store them on another thread.
 
     Between `place` and the end of a block nothing waits for the device, except for room in the transfer's ring.
     """
 
-    def __init__(self, host: CaptureTap, transfer: Transfer, device: torch.device) -> None:
-        self.host = host
+    def __init__(
+        self,
+        plan: Plan,
+        arrays: Sequence[ArraySpec],
+        sink: Sink,
+        transfer: Transfer,
+        device: torch.device,
+        keep_overflow: bool = False,
+    ) -> None:
+        super().__init__(plan, arrays, sink, keep_overflow)
         self._transfer = transfer
         self._device = device
-        self.top_k = host.top_k
         self._nothing = torch.zeros(2, dtype=torch.int64, device=device)
         self._slot: torch.Tensor | None = None
         self._places: dict[int, tuple[Placement, Placement]] = {}
 
-    def place(self, first: int, row_start_BT: torch.Tensor, n_positions: int, n_head: int) -> None:
+    def place(self, first: int, row_start_BT: torch.Tensor) -> None:
         """Say which sequences of the run come next, and which of their positions are padding."""
         if first not in self._places:  # reading row starts waits for the device, so it is done once
-            at = Placement.make(self.host.selection, first, row_start_BT.cpu(), n_positions, n_head)
+            at = self._placement(first, row_start_BT.cpu())
             self._places[first] = at, at.to(self._device)
-        self._host_at, self._at = self._places[first]
-
-    def wants(self, site: str, layer: int) -> bool:
-        """Say whether a site is stored at a layer (or depth)."""
-        return self.host.wants(site, layer)
-
-    @property
-    def wants_previous(self) -> bool:
-        """Whether the residual stream one depth before is needed."""
-        return self.host.wants_previous
+        self._host_at, self.at = self._places[first]
 
     def tile(self, site: str) -> tuple[int, torch.dtype]:
         """Return the edge of a square site's causal tiles and the type that they are stored in."""
-        return self.host.specs[site].chunk[-1], self._type(site)
+        return self.recorder.specs[site].chunk[-1], self._type(site)
 
-    def then(self, task: Callable[[], None]) -> None:
-        """Do something after everything that was taken before it is stored."""
-        self._transfer.then(task)
+    def end(self, axis: str, index: int) -> None:
+        """Close a layer or depth once everything that was taken before is stored."""
+        self._transfer.then(partial(self.recorder.close, axis, index))
 
     def finish(self) -> None:
         """Wait until everything is stored."""
@@ -78,7 +79,7 @@ class DeviceTap:
         self,
         depth: int,
         x_BTD: torch.Tensor,
-        previous_BTD: torch.Tensor | None,
+        previous_BTD: torch.Tensor | None = None,
         told: ResidualOutput | None = None,
     ) -> None:
         """Store the residual stream and its statistics at one depth; `told` is what the residual tap said of it."""
@@ -93,20 +94,18 @@ class DeviceTap:
             real = torch.stack(
                 [self._real("resid", n).sum() for n in (told.overflow, told.nonfinite)]
             )
-            self._send("resid", depth, self._at.choose("resid", self._slot).contiguous(), real)
+            self._send("resid", depth, self.at.choose("resid", self._slot).contiguous(), real)
             self._slot = None
         values = {site: getattr(told, FROM_KERNEL[site]) for site in statistics}
         if previous_BTD is None and "resid_cosine" in values:
             values["resid_cosine"] = torch.full_like(values["resid_cosine"], torch.nan)
         for site, value in values.items():
-            self._take(site, depth, value, count=previous_BTD is not None or site != "resid_cosine")
-
-    def take(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Store a value of the micro-batch."""
-        self._take(site, layer, value, count=site != "loss")
+            self._store(
+                site, depth, value, count=previous_BTD is not None or site != "resid_cosine"
+            )
 
     def take_rows(
-        self, site: str, layer: int, sequence: int, block: object, value: torch.Tensor
+        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
     ) -> None:
         raise TypeError(
             f"{site} comes in rows of the pattern; a DeviceTap takes the tiles of a KernelModel"
@@ -116,7 +115,7 @@ class DeviceTap:
         self, site: str, layer: int, tiles: torch.Tensor, overflow: torch.Tensor | None = None
     ) -> None:
         """Store all causal tiles of a micro-batch, [B, N, tile, E, E]; `overflow` counts values lost in a cast."""
-        tiles = tiles if self._at.heads is None else tiles.index_select(1, self._at.heads)
+        tiles = tiles if self.at.heads is None else tiles.index_select(1, self.at.heads)
         for b, part in enumerate(tiles):
             lost = self._nothing[0] if overflow is None else overflow[b]
             broken = (~part.isfinite()).sum() if site == "pattern" else self._nothing[1]
@@ -124,8 +123,8 @@ class DeviceTap:
             deliver = partial(self._put_tiles, at, site, layer)
             self._transfer.send([part.contiguous(), torch.stack([lost, broken])], deliver)
 
-    def _take(self, site: str, layer: int, value: torch.Tensor, count: bool) -> None:
-        chosen = self._at.choose(site, value)
+    def _store(self, site: str, layer: int, value: torch.Tensor, count: bool) -> None:
+        chosen = self.at.choose(site, value)
         dtype = self._type(site)
         stored = chosen.to(dtype, copy=True, memory_format=torch.contiguous_format)
         counts = (
@@ -138,7 +137,7 @@ class DeviceTap:
     def _count(self, site: str, value: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
         """Count on the device what became infinite in the cast and what was not finite before, int64 [2]."""
         finite = value.isfinite()
-        hidden = self._at.mask(site, value.ndim)
+        hidden = self.at.mask(site, value.ndim)
         lost = stored.isinf() & finite
         broken = ~finite
         if hidden is not None:
@@ -148,8 +147,8 @@ class DeviceTap:
 
     def _real(self, site: str, counts_BT: torch.Tensor) -> torch.Tensor:
         """Cut counts of each row to the chosen positions that are no padding."""
-        chosen = self._at.choose(site, counts_BT)
-        hidden = self._at.mask(site, 2)
+        chosen = self.at.choose(site, counts_BT)
+        hidden = self.at.mask(site, 2)
         return chosen if hidden is None else chosen.masked_fill(hidden, 0)
 
     def _send(self, site: str, layer: int, stored: torch.Tensor, counts: torch.Tensor) -> None:
@@ -170,27 +169,25 @@ class DeviceTap:
             )
 
     def _type(self, site: str) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.host.specs[site].dtype)
+        dtype: torch.dtype = getattr(torch, self.recorder.specs[site].dtype)
         return dtype
 
     def _put(
         self, at: Placement, site: str, layer: int, stored: torch.Tensor, counts: torch.Tensor
     ) -> None:
-        self.host.at = at
-        self._note(site, layer, counts)
-        self.host.put(site, layer, stored, count=False)
+        self._note(at, site, layer, counts)
+        self.recorder.put(at, site, layer, stored, count=False)
 
     def _put_tiles(
         self, at: Placement, site: str, layer: int, tiles: torch.Tensor, counts: torch.Tensor
     ) -> None:
-        self.host.at = at
-        self._note(site, layer, counts)
-        self.host.put_tiles(site, layer, tiles)
+        self._note(at, site, layer, counts)
+        self.recorder.put_tiles(at, site, layer, tiles)
 
-    def _note(self, site: str, layer: int, counts: torch.Tensor) -> None:
+    def _note(self, at: Placement, site: str, layer: int, counts: torch.Tensor) -> None:
         overflow, nonfinite = counts.tolist()
         if overflow or nonfinite:
-            self.host.note(site, layer, overflow, nonfinite)
+            self.recorder.note(at, site, layer, overflow, nonfinite)
 
 
 def cut_tiles(square_BNQK: torch.Tensor, edge: int, fill: float) -> torch.Tensor:

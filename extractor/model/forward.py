@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 import torch
 
 from headwater.extractor.model.activations import ACTIVATIONS, activate, round_up
 from headwater.extractor.model.batch import LOGIT_ROWS, Batch, logit_rows
+from headwater.extractor.model.tap import Tap
+from headwater.extractor.model.walk import Micro, walk
 from headwater.extractor.model.weights import Checkpoint
 from headwater.kernels.cpu import products
 from headwater.kernels.cpu.rows import STATISTICS, attend
@@ -35,39 +36,6 @@ COMPUTE = {
 LOSS_VALUES = 1 << 20
 OUTPUTS = ("loss", "top_logits", "top_tokens", "logits")
 SLICE = 384
-
-
-class Tap(Protocol):
-    """What the forward pass asks and tells while it runs."""
-
-    def wants(self, site: str, layer: int) -> bool:
-        """Say whether a site is to be computed at a layer (or depth)."""
-
-    def take(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Receive a site's value [B, T, …]; the memory is used again after the call."""
-
-    def take_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> None:
-        """Receive one row block [N, Q, K] of `pattern` or `attn_scores` of one sequence of the batch."""
-
-
-class NoTap:
-    """Capture nothing: the plain forward pass."""
-
-    def wants(self, site: str, layer: int) -> bool:
-        return False
-
-    def take(self, site: str, layer: int, value: torch.Tensor) -> None:
-        raise AssertionError(site)
-
-    def take_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> None:
-        raise AssertionError(site)
-
-    def slot(self, depth: int, x_BTD: torch.Tensor) -> None:
-        """Ask for no copy of the residual stream."""
 
 
 class Model:
@@ -117,17 +85,10 @@ class Model:
     @torch.inference_mode()
     def run(self, batch: Batch, tap: Tap) -> torch.Tensor:
         """Run a whole batch, every depth, layer and output tapped; return the residual stream after the last layer."""
-        x = self.embed(batch)
-        for layer in range(self.config.n_layer):
-            self._tap_depth(layer, x, tap)
-            self.layer(layer, x, batch, tap)
-        self._tap_depth(self.config.n_layer, x, tap)
-        self.finish(x, batch, tap)
+        shape = (*batch.tokens.shape, self.config.d_model)
+        x = torch.empty(shape, dtype=self.stream, device=self.device)
+        walk(self, [Micro(0, batch, x)], tap, self.config.n_layer)
         return x
-
-    def _tap_depth(self, depth: int, x: torch.Tensor, tap: Tap) -> None:
-        if tap.wants("resid", depth):
-            tap.take("resid", depth, x)
 
     def layer(
         self,
@@ -164,7 +125,7 @@ class Model:
 
     def finish(self, x_BTD: torch.Tensor, batch: Batch, tap: Tap) -> None:
         """Give the final LayerNorm's scale, the loss and the largest logits, as far as they are wanted."""
-        top = max(getattr(tap, "top_k", 0), 1)
+        top = tap.top_k
         outputs = [site for site in OUTPUTS if tap.wants(site, 0)]
         if not outputs and not any(
             tap.wants(site, 0) for site in ("ln_final_scale", "ln_final_out")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from headwater.extractor.model.batch import Batch
+from headwater.extractor.model.batch import NO_HOOK, Batch
 from headwater.extractor.model.device_tap import cut_tiles
-from headwater.extractor.model.forward import Model, Tap
-from headwater.extractor.model.hook import NO_HOOK
+from headwater.extractor.model.forward import Model
+from headwater.extractor.model.tap import Tap
 from headwater.extractor.model.weights import Checkpoint
 from headwater.extractor.sites import RequestError
 from headwater.kernels.attention import attention
@@ -41,7 +41,7 @@ class KernelModel(Model):
         layer: int,
         x_BTD: torch.Tensor,
         batch: Batch,
-        tap: Any,
+        tap: Tap,
         previous: torch.Tensor | None = None,
     ) -> ResidualOutput:
         """Advance the residual stream through one block, in place; return what the last addition told of the sum.
@@ -117,7 +117,7 @@ class KernelModel(Model):
         self._tap_results(layer, out.z, tap)
         return out.z.view(n, length, c.d_model)
 
-    def _request(self, layer: int, batch: Batch, tap: Any) -> dict[str, Any]:
+    def _request(self, layer: int, batch: Batch, tap: Tap) -> dict[str, Any]:
         """Return what attention is asked for; tiles only where they are those of the store, else the square."""
         request: dict[str, Any] = {"statistics": any(tap.wants(site, layer) for site in STATISTICS)}
         if tap.wants("pattern", layer):
@@ -130,7 +130,7 @@ class KernelModel(Model):
             }
         return request
 
-    def _give(self, layer: int, out: AttentionOutput, batch: Batch, tap: Any) -> None:
+    def _give(self, layer: int, out: AttentionOutput, batch: Batch, tap: Tap) -> None:
         if out.pattern is not None:
             edge, _ = tap.tile("pattern")
             square = out.pattern.ndim == 4
@@ -145,7 +145,7 @@ class KernelModel(Model):
                 tap.take(site, layer, rows[site])
 
     def _give_scores(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, batch: Batch, tap: Any
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, batch: Batch, tap: Tap
     ) -> None:
         """Give the scores, NaN at hidden keys, one sequence after another."""
         edge, dtype = tap.tile("attn_scores")

@@ -1,55 +1,12 @@
-"""The one hook of the forward pass through which values are changed while it runs."""
+"""A hook that looks at values and changes none."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
-
 import torch
 
+from headwater.extractor.model.batch import Batch, Forward, NoHook
+from headwater.extractor.model.tap import Tap
 from headwater.kernels.mask import RowBlock
-
-if TYPE_CHECKING:
-    from headwater.extractor.model.batch import Batch
-    from headwater.extractor.model.forward import Model, Tap
-
-
-class Hook(Protocol):
-    """What the forward pass asks before it uses a value; `changes` is false wherever nothing is to be done."""
-
-    def prepare(self, model: Model, layer: int, batch: Batch, tap: Tap) -> None:
-        """Make ready for a layer, or for the output where `layer` is n_layer; the scratch memory is free."""
-
-    def changes(self, site: str, layer: int) -> bool:
-        """Say whether a site is changed (or looked at) at a layer or depth."""
-
-    def apply(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Change a value [B, T, …] in place; what is left alone keeps its bits."""
-
-    def apply_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> bool:
-        """Change one row block [N, Q, K] of `pattern` or `attn_scores` in place; say whether any bit changed."""
-
-
-class NoHook:
-    """Change nothing."""
-
-    def prepare(self, model: Model, layer: int, batch: Batch, tap: Tap) -> None:
-        """Do nothing."""
-
-    def changes(self, site: str, layer: int) -> bool:
-        """Say no."""
-        return False
-
-    def apply(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Fail: nothing is changed."""
-        raise AssertionError(site)
-
-    def apply_rows(
-        self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
-    ) -> bool:
-        """Fail: nothing is changed."""
-        raise AssertionError(site)
 
 
 class RecordHook(NoHook):
@@ -63,7 +20,7 @@ class RecordHook(NoHook):
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
         self._shape = (0, 0)
 
-    def prepare(self, model: Model, layer: int, batch: Batch, tap: Tap) -> None:
+    def prepare(self, model: Forward, layer: int, batch: Batch, tap: Tap) -> None:
         """Note the size of the batch."""
         self._shape = (batch.tokens.shape[0], batch.tokens.shape[1])
 
@@ -86,6 +43,3 @@ class RecordHook(NoHook):
             value
         )
         return False
-
-
-NO_HOOK = NoHook()

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import headwater
 from headwater.extractor.model.activations import ACTIVATIONS, SMOOTH
 from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import Model, NoTap, _next_token_loss
+from headwater.extractor.model.forward import Model, _next_token_loss
+from headwater.extractor.model.tap import NoTap
 from headwater.extractor.sites import SITES
 
 LAYOUTS = ("unpadded", "left", "right", "documents")
