@@ -143,7 +143,9 @@ def _row_start(row_start: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor 
 def _features(features: torch.Tensor | None, n: int, n_positions: int) -> torch.Tensor | None:
     if features is None:
         return None
-    table = features[None] if features.ndim == 2 else features
+    table = features
+    if features.ndim == 2:
+        table = features[None]
     if (
         table.ndim != 3
         or table.shape[0] not in (1, n)

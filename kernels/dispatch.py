@@ -56,6 +56,10 @@ def attention_triton(
     pattern, column, row, sums = (q.new_empty(0) for _ in range(4))
     argmax = q.new_empty(0, dtype=torch.int32)
 
+    kernel_of_rows = "flash"
+    if wanted:
+        kernel_of_rows = "statistics"
+
     def config(kernel: str) -> Config:
         return choose(kernel, q.device, q.shape[-1], q.dtype)
 
@@ -68,7 +72,7 @@ def attention_triton(
             row_start=row_start,
             statistics=statistics,
             features=features,
-            config=config("statistics" if wanted else "flash"),
+            config=config(kernel_of_rows),
         ).run()
         if not statistics:
             row = q.new_empty(0)
@@ -95,10 +99,11 @@ def attention_triton(
 
 def pack(out: AttentionOutput, like: torch.Tensor) -> Packed:
     """Turn the output of a torch backend into the operator's tensors."""
-    row = torch.stack([out.row[name] for name in FLOAT_ROWS]) if out.row else None
-    argmax = (
-        out.row["attn_argmax"].contiguous() if out.row else like.new_empty(0, dtype=torch.int32)
-    )
+    row = None
+    argmax = like.new_empty(0, dtype=torch.int32)
+    if out.row:
+        row = torch.stack([out.row[name] for name in FLOAT_ROWS])
+        argmax = out.row["attn_argmax"].contiguous()
     tensors = (out.z, out.lse, out.pattern, row, argmax, out.column, out.features)
     z, lse, kept, rows, place, column, features = (
         like.new_empty(0) if x is None else x.contiguous() for x in tensors
@@ -109,17 +114,15 @@ def pack(out: AttentionOutput, like: torch.Tensor) -> Packed:
 def unpack(packed: Packed, edge: int, statistics: bool, features: bool) -> AttentionOutput:
     """Turn the operator's tensors into a named output."""
     z, lse, pattern, row, argmax, column, sums = packed
-    names = (
-        {**dict(zip(FLOAT_ROWS, row, strict=True)), "attn_argmax": argmax} if statistics else None
-    )
-    return AttentionOutput(
-        z,
-        lse,
-        pattern if edge else None,
-        names,
-        column if statistics else None,
-        sums if features else None,
-    )
+    out = AttentionOutput(z, lse)
+    if edge:
+        out = out._replace(pattern=pattern)
+    if statistics:
+        names = {**dict(zip(FLOAT_ROWS, row, strict=True)), "attn_argmax": argmax}
+        out = out._replace(row=names, column=column)
+    if features:
+        out = out._replace(features=sums)
+    return out
 
 
 def attention_torch(
@@ -195,10 +198,10 @@ def _attention_cuda(
     statistics: bool,
     pattern_dtype: torch.dtype,
 ) -> Packed:
-    able = q.shape[-1] <= MAX_HEAD and _serves(q)
-    return (attention_triton if able else attention_torch)(
-        q, k, v, scale, row_start, features, edge, statistics, pattern_dtype
-    )
+    attend = attention_torch
+    if q.shape[-1] <= MAX_HEAD and _serves(q):
+        attend = attention_triton
+    return attend(q, k, v, scale, row_start, features, edge, statistics, pattern_dtype)
 
 
 def _attention_fake(
@@ -215,20 +218,23 @@ def _attention_fake(
     n, n_positions, n_head, _ = q.shape
     exact = exact_type(q.dtype)
     plane = (n, n_head, n_positions)
-    tiles = (
-        (n_causal_tiles(n_positions, edge), edge, edge) if edge > 0 else (n_positions, n_positions)
-    )
-    return (
-        q.new_empty(q.shape, dtype=v.dtype),
-        q.new_empty(plane, dtype=exact),
-        q.new_empty((n, n_head, *tiles), dtype=pattern_dtype) if edge else q.new_empty(0),
-        q.new_empty((len(FLOAT_ROWS), *plane), dtype=exact) if statistics else q.new_empty(0),
-        q.new_empty(plane if statistics else (0,), dtype=torch.int32),
-        q.new_empty(plane, dtype=exact) if statistics else q.new_empty(0),
-        q.new_empty(0)
-        if features is None
-        else q.new_empty((*plane, features.shape[-1]), dtype=exact),
-    )
+    # An operator returns tensors only: what was not asked for is an empty one, as in `pack`.
+    pattern, row, column, sums = (q.new_empty(0) for _ in range(4))
+    argmax = q.new_empty(0, dtype=torch.int32)
+    if edge > 0:
+        tiles = (n, n_head, n_causal_tiles(n_positions, edge), edge, edge)
+        pattern = q.new_empty(tiles, dtype=pattern_dtype)
+    elif edge:
+        pattern = q.new_empty((*plane, n_positions), dtype=pattern_dtype)
+    if statistics:
+        row = q.new_empty((len(FLOAT_ROWS), *plane), dtype=exact)
+        argmax = q.new_empty(plane, dtype=torch.int32)
+        column = q.new_empty(plane, dtype=exact)
+    if features is not None:
+        sums = q.new_empty((*plane, features.shape[-1]), dtype=exact)
+    z = q.new_empty(q.shape, dtype=v.dtype)
+    lse = q.new_empty(plane, dtype=exact)
+    return z, lse, pattern, row, argmax, column, sums
 
 
 def residual_torch(
@@ -242,6 +248,9 @@ def residual_torch(
     slot: torch.Tensor | None,
 ) -> PackedTap:
     """Compute the residual tap by the reference; write `out` and `slot` last, for they may be the inputs."""
+    capture_dtype = None
+    if slot is not None:
+        capture_dtype = slot.dtype
     got = residual_reference(
         x,
         delta,
@@ -249,15 +258,21 @@ def residual_torch(
         bias,
         epsilon=epsilon,
         previous=previous,
-        capture_dtype=None if slot is None else slot.dtype,
+        capture_dtype=capture_dtype,
     )
     if slot is not None:
-        exact = exact_type(x.dtype)
-        slot.copy_(x.to(exact) if delta is None else x.to(exact) + delta.to(exact))
+        # The slot takes the exact sum, not the one that the stream's type has rounded.
+        total = x.to(exact_type(x.dtype))
+        if delta is not None:
+            total = total + delta.to(total.dtype)
+        slot.copy_(total)
     out.copy_(got.x)
     floats = torch.stack([got.scale, got.norm, got.cosine, got.largest])
     ints = torch.stack([got.dimension, got.overflow, got.nonfinite])
-    return x.new_empty(0) if got.normed is None else got.normed.contiguous(), floats, ints
+    normed = x.new_empty(0)
+    if got.normed is not None:
+        normed = got.normed.contiguous()
+    return normed, floats, ints
 
 
 def _residual_cuda(
@@ -315,7 +330,10 @@ def _residual_fake(
     slot: torch.Tensor | None,
 ) -> PackedTap:
     n = x.shape[0]
-    normed = x.new_empty(0) if weight is None else x.new_empty(x.shape)
+    if weight is None:
+        normed = x.new_empty(0)
+    else:
+        normed = x.new_empty(x.shape)
     return (
         normed,
         x.new_empty((4, n), dtype=exact_type(x.dtype)),
@@ -326,11 +344,14 @@ def _residual_fake(
 def name_residual(x: torch.Tensor, packed: PackedTap, lead: torch.Size) -> ResidualOutput:
     """Turn the operator's tensors, rows of [R], into a named output of leading shape `lead`."""
     normed, floats, ints = packed
+    shaped = None
+    if normed.numel():
+        shaped = normed.view(x.shape)
     scale, norm, cosine, largest = floats.view(4, *lead)
     dimension, overflow, nonfinite = ints.view(3, *lead)
     return ResidualOutput(
         x,
-        normed.view(x.shape) if normed.numel() else None,
+        shaped,
         scale,
         norm,
         cosine,

@@ -93,7 +93,10 @@ def attention_forward(
             raise ValueError(
                 f'attn_implementation="headwater" does not support {name}; load the model with "eager"'
             )
-    scale = query_BNTH.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if scaling is None:
+        scale = query_BNTH.shape[-1] ** -0.5
+    else:
+        scale = float(scaling)
     wants_pattern = _wants_pattern(module, kwargs)
     if not _is_fast(module, query_BNTH, key_BGTH, value_BGTH, attention_mask, dropout):
         if _COLLECTORS:
@@ -134,7 +137,10 @@ def _is_fast(
     mask: torch.Tensor | None,
     dropout: float,
 ) -> bool:
-    causal = mask.ndim == 2 if mask is not None else bool(getattr(module, "is_causal", True))
+    if mask is not None:
+        causal = mask.ndim == 2
+    else:
+        causal = bool(getattr(module, "is_causal", True))
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return (
         causal
@@ -231,11 +237,10 @@ def make_mask(
         for first in range(0, q_length, MASK_ROWS):
             n_rows = min(MASK_ROWS, q_length - first)
             seen = masks.sdpa_mask(**queries(first, n_rows), **sizes, **options)
-            padded = (
-                None
-                if attention_mask is None
-                else ~attention_mask[:, first : first + n_rows].bool()
-            )
+            if attention_mask is None:
+                padded = None
+            else:
+                padded = ~attention_mask[:, first : first + n_rows].bool()
             start = _row_starts(seen[:, 0], first, padded)
             if start is None:
                 break
@@ -259,4 +264,6 @@ def _row_starts(
     key = torch.arange(n_keys, device=seen_BQK.device)
     ends = torch.where(seen_BQK, key, -1).amax(-1)
     ranges = (count == 0) | ((ends == t) & (count == t - start + 1))
-    return start.int() if bool(ranges.all()) else None
+    if bool(ranges.all()):
+        return start.int()
+    return None

@@ -48,12 +48,15 @@ def _iter_blocks(row_start: torch.Tensor, n_rows: int) -> Iterator[RowBlock]:
     for first in range(0, n, n_rows):
         last = min(first + n_rows, n)
         starts = row_start[first:last]
+        # Rows that all start at 0 are plainly causal: a shared triangle serves, and no mask is built.
         if not bool(starts.any()):
             yield RowBlock(first, last, 0, None, None)
             continue
         queries = torch.arange(first, last)
         empty = (starts > queries).nonzero()[:, 0]
+        # An empty row starts behind its query; its block's keys must still include the query itself.
         lowest = int(torch.minimum(starts, queries.int()).min())
+        # Keys begin at a multiple of 16, so that the rows of a product stay aligned.
         key = lowest // KEY_STEP * KEY_STEP
         keys = torch.arange(key, last)
         seen = (keys >= starts[:, None]) & (keys <= queries[:, None])

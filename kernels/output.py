@@ -50,6 +50,7 @@ class ResidualOutput(NamedTuple):
 
 def n_causal_tiles(n_positions: int, edge: int) -> int:
     """Return how many tiles of `edge` × `edge` the lower triangle of a T × T pattern needs."""
+    # 1 + 2 + … + n, the lower triangle with its diagonal.
     n = -(-n_positions // edge)
     return n * (n + 1) // 2
 

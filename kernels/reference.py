@@ -14,7 +14,9 @@ from headwater.kernels.output import AttentionOutput, ResidualOutput, square_to_
 
 def exact_type(dtype: torch.dtype) -> torch.dtype:
     """Return the type that a reference computes in: float64 stays, everything else is float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    if dtype == torch.float64:
+        return torch.float64
+    return torch.float32
 
 
 def attention_reference(
@@ -36,31 +38,32 @@ def attention_reference(
     group = n_head // k_BTGH.shape[2]
     q = q_BTNH.to(dtype).transpose(1, 2)
     k, v = (x.to(dtype).transpose(1, 2).repeat_interleave(group, 1) for x in (k_BTGH, v_BTGH))
-    start = (
-        torch.zeros(n, n_positions, dtype=torch.int32, device=q.device)
-        if row_start is None
-        else row_start
-    )
+    if row_start is None:
+        start = torch.zeros(n, n_positions, dtype=torch.int32, device=q.device)
+    else:
+        start = row_start
     seen = visible(start)[:, None]
+    # p = exp(s − lse), 0 where hidden; −inf − −inf of an empty row would be NaN, so these are filled afterwards.
     scores = (scale * (q @ k.transpose(-1, -2))).masked_fill(~seen, -torch.inf)
     lse = torch.logsumexp(scores, -1)
     p = torch.where(seen, torch.exp(scores - lse[..., None]), 0.0)
     p = p.masked_fill(torch.isneginf(lse)[..., None], 0.0)
     z = (p @ v).transpose(1, 2).to(v_BTGH.dtype)
-    kept = p if pattern_dtype is None else p.to(pattern_dtype)
+    if pattern_dtype is None:
+        kept = p
+    else:
+        kept = p.to(pattern_dtype)
     if pattern == "tiles":
         kept = square_to_tiles(kept, edge)
-    table = (
-        None if features is None else features.to(dtype).expand(n, *features.shape[-2:])[:, None]
-    )
-    return AttentionOutput(
-        z,
-        lse,
-        kept if pattern else None,
-        row_statistics(p, start) if statistics else None,
-        p.sum(-2) if statistics else None,
-        None if table is None else p @ table,
-    )
+    out = AttentionOutput(z, lse)
+    if pattern:
+        out = out._replace(pattern=kept)
+    if statistics:
+        out = out._replace(row=row_statistics(p, start), column=p.sum(-2))
+    if features is not None:
+        table = features.to(dtype).expand(n, *features.shape[-2:])[:, None]
+        out = out._replace(features=p @ table)
+    return out
 
 
 def row_statistics(p_BNQK: torch.Tensor, row_start_BT: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,6 +80,7 @@ def row_statistics(p_BNQK: torch.Tensor, row_start_BT: torch.Tensor) -> dict[str
         .long()[:, None, :, None]
         .expand(*p_BNQK.shape[:-1], 1)
     )
+    # The diagonal below the main one is p of the key before; the first query has none.
     previous = torch.zeros_like(p_BNQK[..., 0])
     previous[..., 1:] = p_BNQK.diagonal(-1, -2, -1)
     largest, place = p_BNQK.max(-1)
@@ -108,16 +112,25 @@ def residual_reference(
     """
     dtype = exact_type(x.dtype)
     before = x.to(dtype)
-    added = before if delta is None else before + delta.to(dtype)
+    if delta is None:
+        added = before
+    else:
+        added = before + delta.to(dtype)
+    # What the model goes on with is rounded to the stream's type, and the statistics are of that.
     y = added.to(x.dtype).to(dtype)
-    other = before if previous is None else previous.to(dtype)
+    if previous is None:
+        other = before
+    else:
+        other = previous.to(dtype)
     captured = added.to(capture_dtype or x.dtype)
     centred = y - y.mean(-1, keepdim=True)
     scale = (centred.square().mean(-1) + epsilon).sqrt()
     normed = None
     if weight is not None:
         normed = centred / scale[..., None] * weight.to(dtype)
-        normed = (normed if bias is None else normed + bias.to(dtype)).to(x.dtype)
+        if bias is not None:
+            normed = normed + bias.to(dtype)
+        normed = normed.to(x.dtype)
     norm = y.norm(dim=-1)
     norm_other = other.norm(dim=-1)
     product = norm * norm_other

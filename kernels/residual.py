@@ -30,7 +30,8 @@ def residual_tap(
     taken with, x before the addition where it is None. Without `weight` there is no LayerNorm output. Inputs and
     outputs must be viewable as rows [R, D] with last stride 1. Raises ValueError where shapes don't fit together.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     others = {"delta": delta, "previous": previous, "out": out, "slot": slot}
     for name, value in others.items():
         if value is not None and value.shape != x.shape:
@@ -65,7 +66,9 @@ def residual_tap(
 
 
 def _maybe_rows(name: str, x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else _rows(name, x)
+    if x is None:
+        return None
+    return _rows(name, x)
 
 
 def _rows(name: str, x: torch.Tensor) -> torch.Tensor:

@@ -30,17 +30,27 @@ def attention_cpu(
     q = q_BTNH.float()
     k = _widened(k_BTGH, group)
     v = _widened(v_BTGH, group)
-    start = torch.zeros(n, n_positions, dtype=torch.int32) if row_start is None else row_start
-    rows = (
-        min(edge, ROWS) if edge > 0 and (edge <= ROWS or edge % ROWS == 0) else max(edge, 0) or ROWS
-    )
+    if row_start is None:
+        start = torch.zeros(n, n_positions, dtype=torch.int32)
+    else:
+        start = row_start
+    if edge > 0 and (edge <= ROWS or edge % ROWS == 0):
+        # Row blocks divide tiles, or are a whole tile: so a block never straddles two rows of tiles.
+        rows = min(edge, ROWS)
+    else:
+        rows = max(edge, 0) or ROWS
     z = torch.empty(n, n_positions, n_head, d_head)
     lse = torch.empty(n, n_head, n_positions)
-    table = None if features is None else features.float().expand(n, *features.shape[-2:])
-    mass = None if table is None else torch.empty(n, n_head, n_positions, table.shape[-1])
+    table = None
+    mass = None
+    if features is not None:
+        table = features.float().expand(n, *features.shape[-2:])
+        mass = torch.empty(n, n_head, n_positions, table.shape[-1])
     pattern = _make_pattern(n, n_head, n_positions, edge, pattern_dtype)
 
     def on_scores(b: int, block: RowBlock, scores_NQK: torch.Tensor) -> None:
+        # lse = max s − ln max p, in two steps: the scores' maximum here, the pattern's below, since both buffers are
+        # reused for the next block.
         torch.amax(scores_NQK, -1, out=lse[b, :, block.first : block.last])
 
     def on_pattern(b: int, block: RowBlock, p_NQK: torch.Tensor) -> None:
@@ -50,7 +60,9 @@ def attention_cpu(
         if pattern is not None:
             _keep(pattern[b], block, p_NQK, edge)
 
-    wanted = {name: _row(name, n, n_head, n_positions) for name in STATISTICS} if statistics else {}
+    wanted = {}
+    if statistics:
+        wanted = {name: _row(name, n, n_head, n_positions) for name in STATISTICS}
     blocks = [split_rows(starts, rows) for starts in start]
     attend(
         q,
@@ -65,19 +77,23 @@ def attention_cpu(
         on_scores=on_scores,
         on_pattern=on_pattern,
     )
+    # A row that sees no key has no sum.
     lse.masked_fill_((start > torch.arange(n_positions))[:, None], -torch.inf)
     column = wanted.pop("attn_received", None)
     return AttentionOutput(z.to(v_BTGH.dtype), lse, pattern, wanted or None, column, mass)
 
 
 def _widened(x_BTGH: torch.Tensor, group: int) -> torch.Tensor:
-    return x_BTGH.float().repeat_interleave(group, 2) if group > 1 else x_BTGH.float()
+    if group > 1:
+        return x_BTGH.float().repeat_interleave(group, 2)
+    return x_BTGH.float()
 
 
 def _row(name: str, n: int, n_head: int, n_positions: int) -> torch.Tensor:
-    return torch.empty(
-        n, n_head, n_positions, dtype=torch.int32 if name == "attn_argmax" else torch.float32
-    )
+    dtype = torch.float32
+    if name == "attn_argmax":
+        dtype = torch.int32
+    return torch.empty(n, n_head, n_positions, dtype=dtype)
 
 
 def _make_pattern(
@@ -85,10 +101,9 @@ def _make_pattern(
 ) -> torch.Tensor | None:
     if edge == 0:
         return None
-    shape = (
-        (n_positions, n_positions) if edge < 0 else (n_causal_tiles(n_positions, edge), edge, edge)
-    )
-    return torch.zeros(n, n_head, *shape, dtype=dtype)
+    if edge < 0:
+        return torch.zeros(n, n_head, n_positions, n_positions, dtype=dtype)
+    return torch.zeros(n, n_head, n_causal_tiles(n_positions, edge), edge, edge, dtype=dtype)
 
 
 def _keep(pattern: torch.Tensor, block: RowBlock, p_NQK: torch.Tensor, edge: int) -> None:
@@ -96,6 +111,7 @@ def _keep(pattern: torch.Tensor, block: RowBlock, p_NQK: torch.Tensor, edge: int
     if edge < 0:
         pattern[:, block.first : block.last, block.key : block.last] = p_NQK
         return
+    # Tile (i, j) lies at i (i + 1) / 2 + j; keys before block.key are seen by no row and stay zero.
     i = block.first // edge
     rows = slice(block.first - i * edge, block.last - i * edge)
     for j in range(block.key // edge, i + 1):

@@ -61,10 +61,17 @@ def multiply(
     x = x_BTK.numpy()
     weight = weight_KM.numpy()
     out = out_BTM.numpy()
-    bias = None if bias_M is None else bias_M.numpy()
+    if bias_M is None:
+        bias = None
+    else:
+        bias = bias_M.numpy()
     n, length, width = out.shape
+    # GPT-2's 50,257 columns of 768 float32 are 154 MB, more than a cache: each thread then reads a part of W
+    # instead of all of it.
     columns = [slice(first, last) for first, last in cut_evenly(width, WIDE, WIDE)]
-    n_threads = torch.get_num_threads() if len(columns) == 1 else 1
+    n_threads = 1
+    if len(columns) == 1:
+        n_threads = torch.get_num_threads()
     parts = list(itertools.product(cut_rows(n, length, n_threads), columns))
 
     def take(part: tuple[tuple[int, int, int], slice]) -> None:
@@ -74,7 +81,9 @@ def multiply(
         if bias is not None:
             rows += bias[columns]
 
+    # Fewer multiplications than ENOUGH a thread take less time than waking another.
     n_threads = max(x.size * weight.shape[1] // ENOUGH, 1)
+    # OpenBLAS itself stays on one thread: ours share the parts.
     with one_thread():
         share(take, parts, n_threads)
 
@@ -109,16 +118,17 @@ def cut_rows(n: int, length: int, n_threads: int) -> list[tuple[int, int, int]]:
     Each part reads all of W, so sequences stay whole where all threads get as many; else they make some two parts a
     thread, of LEAST rows if they can.
     """
-    step = (
-        length
-        if n % n_threads == 0
-        else max(-(-n * length // (2 * n_threads) // GROUP) * GROUP, LEAST)
-    )
+    if n % n_threads == 0:
+        step = length
+    else:
+        # Two parts a thread, so that the slowest part is half of a thread's work.
+        step = max(-(-n * length // (2 * n_threads) // GROUP) * GROUP, LEAST)
     return [(b, first, last) for b in range(n) for first, last in cut_evenly(length, step, GROUP)]
 
 
 def cut_evenly(length: int, step: int, least: int) -> list[tuple[int, int]]:
     """Cut range(length) into parts (first, last) of `step`; the last one is longer where less than `least` is left."""
+    # A rest shorter than `least` joins the part before it: OpenBLAS computes short ends by other code.
     firsts = [first for first in range(0, length, step) if first == 0 or length - first >= least]
     return list(zip(firsts, [*firsts[1:], length], strict=True))
 
@@ -130,6 +140,7 @@ def whole_groups_are_equal() -> bool:
     """
     make = np.random.default_rng(0)
     with one_thread():
+        # Widths of small and of GPT-2's matrices: the kernels switch code by size.
         for width, wide in ((16, 48), (64, 64), (768, 96), (3072, 16)):
             weight = make.standard_normal((width, wide), np.float32)
             x = make.standard_normal((4 * GROUP + 16, width), np.float32)
@@ -191,4 +202,6 @@ def _of_processor(what: str) -> str:
             found = re.search(rf"^{what}\s*:\s*(\S+)", file.read(), re.M)
     except OSError:
         return ""
-    return found[1] if found else ""
+    if found:
+        return found[1]
+    return ""

@@ -65,7 +65,10 @@ def attend(
     for b in range(q_BTNH.shape[0]):
         q, k, v = (x[b].transpose(0, 1) for x in (q_BTNH, k_BTNH, v_BTNH))
         of_sequence = {name: value[b] for name, value in wanted.items()}
-        sums = _Statistics(of_sequence, row_start_BT[b], q.dtype) if wanted else None
+        if wanted:
+            sums = _Statistics(of_sequence, row_start_BT[b], q.dtype)
+        else:
+            sums = None
         for block in blocks[b]:
             _attend_rows(b, block, q, k, v, z_BTNH, scale, workspace, sums, calls)
         if sums is not None:
@@ -86,17 +89,26 @@ def _attend_rows(
 ) -> None:
     on_scores, on_pattern, edit_scores, edit_pattern = calls
     n_head, _, d_head = q_NTH.shape
+    # The pattern's buffer is reused by every block: N · rows · keys values, the largest thing alive here. A
+    # second one for scores is needed only where the entropy or the argmax wants them after the softmax.
     n_rows = block.last - block.first
     n_keys = block.last - block.key
     rows = slice(block.first, block.last)
     keys = slice(block.key, block.last)
     q = q_NTH[:, rows]
     peaks = sums is not None and sums.peaks
-    lowest = LOWEST if peaks and on_scores is None else -math.inf
+    # −inf times a probability of 0 is NaN in Σ p s; a finite score this low has probability 0 as well.
+    lowest = -math.inf
+    if peaks and on_scores is None:
+        lowest = LOWEST
     pattern = workspace.get("pattern", (n_head, n_rows, n_keys), q.dtype)
-    scores = workspace.get("scores", (n_head, n_rows, n_keys), q.dtype) if peaks else pattern
+    if peaks:
+        scores = workspace.get("scores", (n_head, n_rows, n_keys), q.dtype)
+    else:
+        scores = pattern
     multiply_heads(q, k_NTH[:, keys].transpose(1, 2), scores, scale)
     if block.hidden is None:
+        # Causal: only the square at the end of the block, where queries meet themselves, has hidden keys.
         scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype, lowest))
     else:
         scores.add_(block.hidden.clamp(min=lowest))
@@ -105,6 +117,7 @@ def _attend_rows(
     if on_scores is not None:
         on_scores(b, block, scores)
     torch.softmax(scores, -1, out=pattern)
+    # The softmax of a row that is hidden everywhere is uniform or NaN; what it means is zeros.
     if block.empty is not None:
         pattern[:, block.empty] = 0
     if edit_pattern is not None and edit_pattern(b, block, pattern) and peaks:
@@ -112,6 +125,7 @@ def _attend_rows(
         torch.log(pattern, out=scores).clamp_(min=LOWEST)
     values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
     multiply_heads(pattern, v_NTH[:, keys], values)
+    # z is [T, N, H] for the next matrix product, the products are by head.
     z_BTNH[b, rows] = values.transpose(0, 1)
     if sums is not None:
         if peaks and on_scores is not None:
@@ -167,6 +181,8 @@ class _Statistics:
     def _add_peaks(
         self, heads: slice, rows: slice, key: int, scores_NQK: np.ndarray, pattern_NQK: np.ndarray
     ) -> None:
+        # The largest score and the largest probability are in one place, so one argmax and two gathers serve
+        # max p, argmax and the entropy; `at` is that place in the flattened block.
         place = scores_NQK.argmax(-1)
         n_rows = pattern_NQK.size // pattern_NQK.shape[2]
         n_keys = pattern_NQK.shape[2]
@@ -183,6 +199,8 @@ class _Statistics:
         if "attn_max" in self._wanted:
             self._wanted["attn_max"].copy_(self._largest)
         if "attn_entropy" in self._wanted:
+            # ln Σ e^s = max s − ln max p, since max p = e^(max s) / Σ e^s; then H = lse − Σ p s. Rounding can leave
+            # it a little below 0.
             lse = self._score - self._largest.log_().clamp_(min=LOWEST)
             torch.sub(lse, self._mean, out=self._wanted["attn_entropy"]).clamp_(min=0)
         for name in self._wanted.keys() & set(ROW_STATISTICS):
@@ -192,6 +210,8 @@ class _Statistics:
 def _fill_distance(block: RowBlock, pattern_NQK: np.ndarray, out_NQ: np.ndarray) -> None:
     """Write Σ p (query − key): keys are counted back from the end of the block, then from each query."""
     n_keys = pattern_NQK.shape[2]
+    # Σ p (query − key) = Σ p (end − key) + (query − end) Σ p with Σ p = 1: one vector for all rows of a block
+    # instead of a matrix of distances.
     back = np.arange(n_keys, 0, -1, dtype=pattern_NQK.dtype)
     ahead = np.arange(block.first - block.last, 0, dtype=pattern_NQK.dtype)
     np.maximum(np.vecdot(pattern_NQK, back) + ahead, 0, out=out_NQ)
@@ -207,6 +227,7 @@ def _fill_points(
     if out.keys().isdisjoint(POINT_STATISTICS):
         return
     if block.hidden is None:
+        # Row i of the block is query first + i, whose own key is column i of the last square.
         square = pattern_NQK[:, :, block.first - block.key :]
         if "attn_sink" in out:
             out["attn_sink"][:] = pattern_NQK[:, :, 0]
@@ -216,6 +237,7 @@ def _fill_points(
             out["attn_prev"][:, 0] = pattern_NQK[:, 0, block.first - 1] if block.first else 0
             out["attn_prev"][:, 1:] = square.diagonal(-1, 1, 2)
         return
+    # Keys are counted from block.key in the buffer; −1 stands for a key that the row does not see.
     query = np.arange(block.first, block.last)
     points = {
         "attn_sink": starts_Q,

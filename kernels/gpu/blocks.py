@@ -27,12 +27,15 @@ def load_block(
 ):
     """Load positions [t0, t0 + BLOCK_T) of one head, zero beyond T and D; `x` is a pointer or a 4-D descriptor."""
     if TMA:
+        # A descriptor knows the bounds: what lies beyond T and D is read as zero by the hardware.
         return x.load([b, t0, head, 0]).reshape(BLOCK_T, BLOCK_D)
     else:
         t = t0 + tl.arange(0, BLOCK_T)
         d = tl.arange(0, BLOCK_D)
+        # int64 before multiplying: batch times stride passes 2^31 elements in long runs.
         base = x + b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_n
         inside = (t < n_positions)[:, None]
+        # Where D fills the block no mask along D is compiled at all.
         if D < BLOCK_D:
             inside = inside & (d < D)[None, :]
         return tl.load(
@@ -74,13 +77,18 @@ def key_span(
     row is empty or lies beyond T no block is full.
     """
     t = m0 + tl.arange(0, BLOCK_M)
+    # The causal end: no query of the block sees a key behind its last one.
     last = tl.cdiv(tl.minimum(m0 + BLOCK_M, n_positions), BLOCK_N) * BLOCK_N
+    # A block of keys needs no causal mask if its last key is at most the block's first query m0.
     full_last = tl.minimum((m0 + 1) // BLOCK_N * BLOCK_N, last)
     if HAS_START:
         start = tl.load(
             row_start + b.to(tl.int64) * n_positions + t, mask=t < n_positions, other=2147483647
         )
+        # Rows that see nothing (start > t) must not pull the lower end down, so they count as `last`.
         first = tl.maximum(tl.min(tl.where(start <= t, start, last)), 0) // BLOCK_N * BLOCK_N
+        # Where every row has begun no mask is needed: from the highest start on. An empty row makes that `last`, and no
+        # block is full, for it must stay hidden everywhere.
         highest = tl.max(tl.where(start <= t, start, last))
         full_first = tl.minimum(
             (tl.maximum(highest, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N, full_last
@@ -97,6 +105,7 @@ def key_span(
 @triton.jit
 def masked_block(i, first, full_first, full_last, BLOCK_N: tl.constexpr):
     """Return the first key of the i-th block that needs a mask: left of the full ones, then right of them."""
+    # One loop over both sides keeps one copy of the masked step in the program.
     n_left = (full_first - first) // BLOCK_N
     return tl.where(i < n_left, first + i * BLOCK_N, full_last + (i - n_left) * BLOCK_N)
 
@@ -105,5 +114,6 @@ def masked_block(i, first, full_first, full_last, BLOCK_N: tl.constexpr):
 def hide(scores, n0, t, start, BLOCK_N: tl.constexpr):
     """Put HIDDEN where a row of the scores [M, N] does not see a key."""
     key = n0 + tl.arange(0, BLOCK_N)
+    # One mask for all layouts: row t sees the keys [row_start[t], t].
     seen = (key[None, :] >= start[:, None]) & (key[None, :] <= t[:, None])
     return tl.where(seen, scores, HIDDEN)

@@ -41,13 +41,17 @@ def _add(
     """Add the probabilities [keys, queries] of one block of queries; rows that see nothing have lse = −inf."""
     t = m0 + tl.arange(0, BLOCK_M)
     queries = load_block(q, b, m0, head, n_positions, sqb, sqt, sqn, D, BLOCK_M, BLOCK_D, TMA)
+    # The loaded lse is in nats; × log2(e) for exp2. A row that sees nothing has −inf: turned to +inf it gives
+    # p = 2^(−inf) = 0, without a mask.
     log_sum = tl.load(
         lse + plane.to(tl.int64) * n_positions + t, mask=t < n_positions, other=-float("inf")
     )
     log_sum = tl.where(log_sum == -float("inf"), float("inf"), log_sum) * 1.4426950408889634
+    # [keys, queries]: transposed, so that the sum over queries runs along the second dimension of the block.
     s = product(keys, tl.trans(queries), PRECISION, UPCAST)
     p = tl.exp2(tl.fma(s, factor, -log_sum[None, :]))
     if HAS_START:
+        # Rows beyond T start after every key, so that they add nothing.
         start = tl.load(
             row_start + b.to(tl.int64) * n_positions + t, mask=t < n_positions, other=2147483647
         )
@@ -86,13 +90,17 @@ def column_kernel(
     """Write `column` [B, N, T] of one block of keys: Σ over queries, in the order of the queries."""
     n_n = tl.cdiv(n_positions, BLOCK_N)
     pid = tl.program_id(0)
+    # The first key block has the most queries: column order is already from the longest to the shortest.
     n0 = (pid % n_n) * BLOCK_N
     plane = pid // n_n
     b = plane // n_head
     head = plane % n_head
     key = n0 + tl.arange(0, BLOCK_N)
     keys = load_block(k, b, n0, head // group, n_positions, skb, skt, skn, D, BLOCK_N, BLOCK_D, TMA)
+    # A program owns its keys and adds up all queries itself, in one order: no atomics, the same bits each time.
+    # The sum over a block's queries is left to the end, once, instead of once a block.
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    # Queries from here on come after every key of the block, so only those before need the causal mask.
     full = tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M
     for m0 in range(n0 // BLOCK_M * BLOCK_M, tl.minimum(full, n_positions), BLOCK_M):
         acc = _add(

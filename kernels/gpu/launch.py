@@ -58,6 +58,7 @@ def arch_of(device: torch.device) -> str:
         return "sm_90"
     if torch.version.hip is not None:
         return "gfx942"
+    # What has no row of its own, consumer cards among it, takes the oldest.
     major, _ = torch.cuda.get_device_capability(device)
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
@@ -66,14 +67,20 @@ def arch_of(device: torch.device) -> str:
 def lookup(kernel: str, arch: str, width: int, bits: int) -> Config:
     """Return the pinned configuration for `width`, which is d_head (rounded up), or d_model in the residual kernel."""
     if kernel == "residual":
-        return Config(1, 0, 4 if width <= 1024 else 8, 1)
+        warps = 8
+        if width <= 1024:
+            warps = 4
+        return Config(1, 0, warps, 1)
     row = TABLE[arch, kernel, bits]
     return parse(row[min(size for size in row if size >= width)])
 
 
 def choose(kernel: str, device: torch.device, width: int, dtype: torch.dtype) -> Config:
     """Return the configuration of a launch on `device`."""
-    config = lookup(kernel, arch_of(device), width, 32 if dtype == torch.float32 else 16)
+    bits = 16
+    if dtype == torch.float32:
+        bits = 32
+    config = lookup(kernel, arch_of(device), width, bits)
     if kernel == "residual" and device.type == "cpu":
         return Config(RESIDUAL_ROWS_INTERPRETED, 0, config.warps, config.stages)
     return config

@@ -60,6 +60,7 @@ def _scores(
 @triton.jit
 def _fold(largest, total, scores, factor):
     """Fold a block of scores into the running maximum (unscaled) and sum of each row."""
+    # Online softmax without values: m' = max(m, s) and l' = l · 2^((m − m') · factor) + Σ 2^((s − m') · factor).
     new = tl.maximum(largest, tl.max(scores, 1))
     p = tl.exp2(tl.fma(scores, factor, (-new * factor)[:, None]))
     return new, total * tl.exp2((largest - new) * factor) + tl.sum(p, 1)
@@ -80,11 +81,13 @@ def _store(
 ):
     """Write one block of P. EDGE > 0: into causal tiles; EDGE = −1: into the square of `plane` (batch · head)."""
     value = value.to(pattern.dtype.element_ty) if not TMA_PATTERN else value.to(pattern.dtype)
+    # Blocks divide tiles (`fits`), so a block of P lies in one tile, and its rows EDGE apart.
     r = tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_N)
     if EDGE > 0:
         i = m0 // EDGE
         j = n0 // EDGE
+        # Tile (i, j) of the lower triangle: i rows of 1, 2, …, i tiles lie before row i.
         tile = i * (i + 1) // 2 + j
         row = m0 - i * EDGE
         col = n0 - j * EDGE
@@ -100,6 +103,7 @@ def _store(
         if TMA_PATTERN:
             pattern.store([plane, m0, n0], value.reshape(1, BLOCK_M, BLOCK_N))
         else:
+            # The square has no padding, so what lies beyond T is masked; tiles are stored whole.
             base = pattern + (plane.to(tl.int64) * n_positions + m0) * n_positions + n0
             inside = (m0 + r < n_positions)[:, None] & (n0 + c < n_positions)[None, :]
             tl.store(base + r.to(tl.int64)[:, None] * n_positions + c[None, :], value, mask=inside)
@@ -139,9 +143,11 @@ def pattern_kernel(
     UPCAST: tl.constexpr,
 ):
     """Write z [B, T, N, D], lse [B, N, T] and the pattern of one block of queries; `factor` is scale · log2(e)."""
+    # The last tiles reach beyond T: rows there are written as zeros, as the store expects.
     n_rows = tl.cdiv(n_positions, EDGE) * EDGE if EDGE > 0 else n_positions
     n_m = tl.cdiv(n_rows, BLOCK_M)
     pid = tl.program_id(0)
+    # From the last block of queries, which has the most keys, to the first.
     m0 = (n_m - 1 - pid % n_m) * BLOCK_M
     plane = pid // n_m
     b = plane // n_head
@@ -154,6 +160,8 @@ def pattern_kernel(
     n_masked = (last - first - (full_last - full_first)) // BLOCK_N
     queries = load_block(q, b, m0, head, n_positions, sqb, sqt, sqn, D, BLOCK_M, BLOCK_D, TMA)
 
+    # Pass 1: the maximum and sum of every row, so that pass 2 writes final probabilities and never goes back.
+    # Computing q kᵀ twice costs less than reading and rescaling a pattern of T² values.
     largest = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for n0 in range(full_first, full_last, BLOCK_N):
@@ -196,7 +204,10 @@ def pattern_kernel(
         )
         largest, total = _fold(largest, total, hide(s, n0, t, start, BLOCK_N), factor)
 
+    # p = 2^(factor · s − log_sum); rows that see nothing keep 0, and the masked branch makes their p 0.
     log_sum = tl.where(total > 0, largest * factor + tl.log2(total), 0.0)
+    # Pass 2: the same probabilities are stored and multiplied with v, so z = P v holds for the stored P up to
+    # its rounding. No block needs rescaling any more.
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n0 in range(full_first, full_last, BLOCK_N):
         s = _scores(
@@ -242,6 +253,7 @@ def pattern_kernel(
             UPCAST,
         )
         s = hide(s, n0, t, start, BLOCK_N)
+        # Not only 2^(−huge): a row that sees nothing has log_sum = 0, and a hidden key must give an exact zero.
         p = tl.where(s > HIDDEN, tl.exp2(tl.fma(s, factor, -log_sum[:, None])), 0.0)
         values = load_block(
             v, b, n0, key_head, n_positions, svb, svt, svn, D, BLOCK_N, BLOCK_D, TMA
@@ -249,6 +261,8 @@ def pattern_kernel(
         acc = product_onto(acc, p.to(values.dtype), values, PRECISION, UPCAST)
         _store(pattern, p, plane, m0, n0, n_positions, EDGE, BLOCK_M, BLOCK_N, TMA_PATTERN)
 
+    # The output is not cleared beforehand: what lies left of the first visible key and right of the diagonal, up
+    # to the edge of the tile or of the square, is written here, once.
     nothing = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for n0 in range(0, first, BLOCK_N):
         _store(pattern, nothing, plane, m0, n0, n_positions, EDGE, BLOCK_M, BLOCK_N, TMA_PATTERN)
@@ -289,15 +303,25 @@ def plan_pattern(
         new(q_BTNH.shape, dtype=v_BTGH.dtype),
         new((n, n_head, n_positions), dtype=torch.float32),
     )
+    # A single tile is the square itself, which takes blocks of any size and a descriptor.
     one_tile = edge == n_positions
-    n_tiles = n_causal_tiles(n_positions, edge) if edge > 0 else 0
-    shape = (n_tiles, edge, edge) if edge > 0 else (n_positions, n_positions)
+    n_tiles = 0
+    if edge > 0:
+        n_tiles = n_causal_tiles(n_positions, edge)
+    shape = (n_positions, n_positions)
+    if edge > 0:
+        shape = (n_tiles, edge, edge)
     pattern = new((n, n_head, *shape), dtype=pattern_dtype)
-    kernel_edge = -1 if one_tile else edge
+    kernel_edge = edge
+    if one_tile:
+        kernel_edge = -1
     block_m, block_n = fits(config.block_m, kernel_edge), fits(config.block_n, kernel_edge)
     block_d = max(16, triton.next_power_of_2(d_head))
     tma = config.tma and all(can_describe(x) for x in (q_BTNH, k_BTGH, v_BTGH))
-    side = n_positions if kernel_edge < 0 else edge
+    side = edge
+    if kernel_edge < 0:
+        side = n_positions
+    # The tensor memory accelerator wants rows that begin at multiples of 16 bytes.
     tma_pattern = config.tma and side * pattern.element_size() % 16 == 0
     arguments = {
         "q": describe_heads(q_BTNH, block_m, block_d, tma),
@@ -325,6 +349,8 @@ def plan_pattern(
         "PRECISION": precision(q_BTNH),
         "UPCAST": upcast(q_BTNH),
     }
-    n_rows = -(-n_positions // edge) * edge if kernel_edge > 0 else n_positions
+    n_rows = n_positions
+    if kernel_edge > 0:
+        n_rows = -(-n_positions // edge) * edge
     grid = -(-n_rows // block_m) * n * n_head
     return Launch(pattern_kernel, grid, arguments, config, (z, lse, pattern))

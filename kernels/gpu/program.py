@@ -27,7 +27,10 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """The compiler's options: warps, stages, and the register cap where there is one."""
-        cap = {} if self.config.maxnreg is None else {"maxnreg": self.config.maxnreg}
+        if self.config.maxnreg is None:
+            cap = {}
+        else:
+            cap = {"maxnreg": self.config.maxnreg}
         return {
             "num_warps": self.config.warps,
             "num_stages": self.config.stages,
@@ -37,6 +40,7 @@ class Launch:
 
     def run(self) -> tuple[torch.Tensor, ...]:
         """Launch the kernel on the current stream and return its outputs."""
+        # An empty grid (no sequences) is no launch: CUDA refuses it.
         if self.grid:
             on = self.outputs[0].device
             with torch.cuda.device(on) if on.type == "cuda" else nullcontext():
@@ -57,18 +61,24 @@ def upcast(x: torch.Tensor) -> bool:
 def precision(x: torch.Tensor) -> str:
     """Return the precision of float32 products: three TF32 products where there are such, else plain float32."""
     on_amd = torch.version.hip is not None
-    return "tf32x3" if x.dtype == torch.float32 and not on_amd and not interpreted() else "ieee"
+    if x.dtype == torch.float32 and not on_amd and not interpreted():
+        return "tf32x3"
+    return "ieee"
 
 
 def fits(block: int, edge: int) -> int:
     """Return the largest power of two up to `block` that divides a tile of `edge`; no tile (−1) takes any block."""
-    return block if edge < 0 else min(block, edge & -edge)
+    if edge < 0:
+        return block
+    # edge & −edge is the largest power of two that divides edge.
+    return min(block, edge & -edge)
 
 
 def can_describe(x: torch.Tensor) -> bool:
     """Say whether a descriptor can address `x`: last stride 1, all others positive and they and the base aligned to 16
     bytes.
     """
+    # A dimension of length 1 may have any stride, since it is never multiplied by anything but 0.
     size = x.element_size()
     outer = zip(x.stride()[:-1], x.shape, strict=False)
     aligned = all(stride > 0 and stride * size % 16 == 0 for stride, n in outer if n > 1)
@@ -82,6 +92,7 @@ def describe_heads(x_BTNH: torch.Tensor, block_t: int, block_d: int, tma: bool) 
     """
     if not tma:
         return x_BTNH
+    # A stride of a dimension of length 1 is never used, but must be a multiple of 16 bytes all the same.
     unit = 16 // x_BTNH.element_size()
     strides = [
         stride if n > 1 else max(-(-stride // unit), 1) * unit

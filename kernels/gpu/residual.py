@@ -44,6 +44,7 @@ def residual_kernel(
 
     `floats` [4, rows] is scale, norm, cosine, largest; `ints` [3, rows] is dimension, overflow, nonfinite.
     """
+    # A program holds ROWS whole rows in registers: each input is read once, and every sum is over one row.
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     row = r.to(tl.int64)[:, None]
@@ -55,6 +56,8 @@ def residual_kernel(
         added = before + tl.load(delta + row * sd + d[None, :], mask=inside, other=0.0).to(
             tl.float32
         )
+    # The stream's own type rounds the sum. LayerNorm and the statistics take the rounded one, as a model does
+    # that runs without us; the slot takes the exact sum in its type, rounded once and not twice.
     kept = added.to(out.dtype.element_ty)
     y = kept.to(tl.float32)
     other = before
@@ -66,6 +69,7 @@ def residual_kernel(
         copy = added.to(slot.dtype.element_ty)
         captured = copy.to(tl.float32)
         tl.store(slot + row * ss + d[None, :], copy, mask=inside)
+    # Two passes over registers: Σ (y − mean)² does not cancel as Σ y² − n · mean² would.
     mean = tl.sum(y, 1) / d_model
     centred = tl.where(inside, y - mean[:, None], 0.0)
     scale = tl.sqrt(tl.sum(centred * centred, 1) / d_model + epsilon)
@@ -80,10 +84,12 @@ def residual_kernel(
         tl.store(
             normed + row * d_model + d[None, :], result.to(normed.dtype.element_ty), mask=inside
         )
+    # Norms are computed on y / max |y|, as hypot is: y² overflows float32 from 1.8e19 on.
     size = tl.abs(y)
     largest = tl.max(size, 1)
     unit = tl.where(largest > 0, largest, 1.0)
     norm = unit * tl.sqrt(tl.sum((y / unit[:, None]) * (y / unit[:, None]), 1))
+    # The cosine is of vectors scaled to a largest component of 1, which its quotient does not see; 0 for zeros.
     peak = tl.max(tl.abs(other), 1)
     peak = tl.where(peak > 0, peak, 1.0)
     scaled, against = y / unit[:, None], other / peak[:, None]
@@ -91,7 +97,9 @@ def residual_kernel(
     cosine = tl.where(
         product > 0, tl.sum(scaled * against, 1) / tl.where(product > 0, product, 1.0), 0.0
     )
+    # The first of equal ones.
     dimension = tl.min(tl.where((size == largest[:, None]) & inside, d[None, :], BLOCK_D), 1)
+    # `added` is float32: what is finite there and infinite in the slot did not fit the slot's type.
     finite = tl.abs(added) < float("inf")
     overflow = tl.sum((finite & (tl.abs(captured) == float("inf")) & inside).to(tl.int32), 1)
     nonfinite = tl.sum(((finite == 0) & inside).to(tl.int32), 1)
@@ -123,7 +131,9 @@ def plan_residual(
     normed, floats [4, R] and ints [3, R].
     """
     n_rows, d_model = x.shape
-    normed = x.new_empty(x.shape if weight is not None else (0,), dtype=x.dtype)
+    normed = x.new_empty(0)
+    if weight is not None:
+        normed = x.new_empty(x.shape)
     floats = x.new_empty((4, n_rows), dtype=torch.float32)
     ints = x.new_empty((3, n_rows), dtype=torch.int32)
     arguments = {
@@ -141,10 +151,10 @@ def plan_residual(
         "n_rows": n_rows,
         "d_model": d_model,
         "sx": x.stride(0),
-        "sd": 0 if delta is None else delta.stride(0),
-        "sp": 0 if previous is None else previous.stride(0),
+        "sd": _row_stride(delta),
+        "sp": _row_stride(previous),
         "so": out.stride(0),
-        "ss": 0 if slot is None else slot.stride(0),
+        "ss": _row_stride(slot),
         "ROWS": config.block_m,
         "BLOCK_D": triton.next_power_of_2(d_model),
         "HAS_DELTA": delta is not None,
@@ -156,6 +166,12 @@ def plan_residual(
     return Launch(
         residual_kernel, -(-n_rows // config.block_m), arguments, config, (normed, floats, ints)
     )
+
+
+def _row_stride(rows: torch.Tensor | None) -> int:
+    if rows is None:
+        return 0
+    return rows.stride(0)
 
 
 def unpack(

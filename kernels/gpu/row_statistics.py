@@ -68,12 +68,18 @@ def _step(
     UPCAST: tl.constexpr,
 ):
     """Fold one block of keys into the running row state (online softmax)."""
+    # Online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867). The state of a row after some keys is
+    # m = max s, l = Σ e^(s − m) and acc = Σ e^(s − m) v. A block that raises m to m' multiplies what was summed
+    # by e^(m − m'), here `shrink`; scores are raw products, and e^(scale · s) = 2^(factor · s).
     keys = load_block(k, b, n0, key_head, n_positions, skb, skt, skn, D, BLOCK_N, BLOCK_D, TMA)
     s = product(queries, tl.trans(keys), PRECISION, UPCAST)
     if MASKED:
         s = hide(s, n0, t, start, BLOCK_N)
     top = tl.max(s, 1)
+    # `largest` begins at −1e29 and hidden scores are −1e30: in a block that a row does not see, p is
+    # 2^(−huge) = 0, never e^(−inf + inf) = NaN.
     new = tl.maximum(largest, top)
+    # One fused multiply-add, rounded once, so that s = new gives exactly 2^0 = 1.
     p = tl.exp2(tl.fma(s, factor, (-new * factor)[:, None]))
     shrink = tl.exp2((largest - new) * factor)
     total = total * shrink + tl.sum(p, 1)
@@ -81,12 +87,17 @@ def _step(
     weights = p.to(values.dtype)
     acc = product_onto(acc * shrink[:, None], weights, values, PRECISION, UPCAST)
     if STATISTICS:
+        # Σ e^(s − m) s: with l it gives the entropy at the end, without a logarithm for each score.
         energy = energy * shrink + tl.sum(p * s, 1)
         c = tl.arange(0, BLOCK_N)
+        # The first key of the block's largest score. Blocks without a mask are taken before masked ones, which may
+        # lie to their left, so that of equal scores in two blocks the lower position is kept.
         place = tl.min(tl.where(s == top[:, None], c[None, :], BLOCK_N), 1) + n0
         best = tl.where(
             top > largest, place, tl.where(top == largest, tl.minimum(best, place), best)
         )
+        # The statistics that are linear in P are one more product: P times a table [keys, 16] of features. It is
+        # loaded through a mask, zero beyond T, for its rows end there.
         f = tl.arange(0, COLUMNS)
         inside = (n0 + c < n_positions)[:, None]
         features = tl.load(
@@ -115,6 +126,8 @@ def _probe(
     BLOCK_D: tl.constexpr,
 ):
     """Return the probability of one key per row, the key at position `at`, 0 where it is not seen."""
+    # One key for each row is no block, so this is a dot product of vectors in float32, of as many bytes as there
+    # are rows.
     d = tl.arange(0, BLOCK_D)
     base = k + b.to(tl.int64) * skb + key_head.to(tl.int64) * skn
     keys = tl.load(
@@ -123,11 +136,13 @@ def _probe(
         other=0.0,
     )
     s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
+    # p = 2^(factor · s − log2 Σ 2^(factor · s)): `log_sum` is of base 2.
     return tl.where(seen, tl.exp2(tl.fma(s, factor, -log_sum)), 0.0)
 
 
 @triton.jit
 def _column(mass, i: tl.constexpr):
+    # Triton cannot index a column of a block in registers; summing all but one as zeros compiles to a select.
     return tl.sum(tl.where(tl.arange(0, COLUMNS)[None, :] == i, mass, 0.0), 1)
 
 
@@ -174,6 +189,8 @@ def statistics_kernel(
 
     `key_rows` is k as a pointer on both paths; `factor` is scale · log2(e); rows are in the order of FLOAT_ROWS.
     """
+    # The longest rows first: query blocks run from the last, which has the most keys, to the first, so that the
+    # short ones fill up the multiprocessors at the end.
     n_m = tl.cdiv(n_positions, BLOCK_M)
     pid = tl.program_id(0)
     m0 = (n_m - 1 - pid % n_m) * BLOCK_M
@@ -182,6 +199,8 @@ def statistics_kernel(
     head = plane % n_head
     key_head = head // group
     t = m0 + tl.arange(0, BLOCK_M)
+    # Keys in [full_first, full_last) are seen by every row of the block and need no mask; before and behind them
+    # lie `n_masked` blocks that some rows see in part. Blocks that no row sees are not visited.
     start, first, full_first, full_last, last = key_span(
         row_start, b, m0, n_positions, BLOCK_M, BLOCK_N, HAS_START
     )
@@ -266,11 +285,14 @@ def statistics_kernel(
         )
 
     inside = t < n_positions
+    # Rows that see no key (padding) have l = 0: their z and statistics are 0, lse is −inf, argmax −1.
     some = total > 0
     safe = tl.where(some, total, 1.0)
     inverse = tl.where(some, 1.0 / safe, 0.0)
+    # log2 Σ 2^(factor · s) = factor · m + log2 l.
     log_sum = tl.where(some, largest * factor + tl.log2(safe), 0.0)
     d = tl.arange(0, BLOCK_D)
+    # z is [B, T, N, D] and contiguous; int64 because B · T · N · D passes 2^31.
     place = (b.to(tl.int64) * n_positions + t) * n_head + head
     tl.store(
         z + place[:, None] * D + d[None, :],
@@ -278,12 +300,17 @@ def statistics_kernel(
         mask=inside[:, None] & (d < D)[None, :],
     )
     at = plane.to(tl.int64) * n_positions + t
+    # ln 2 turns base 2 into nats.
     tl.store(lse + at, tl.where(some, log_sum * 0.6931471805599453, -float("inf")), mask=inside)
     if STATISTICS:
+        # `row` is [6, B, N, T]: `step` is one statistic, `at` the place in it.
         step = n_planes.to(tl.int64) * n_positions
         seen = some & inside
+        # H = −Σ p ln p with p = 2^(factor · s − log_sum), so in bits H = log_sum − factor · Σ p s; rounding may
+        # leave a little less than 0 where one key has everything.
         entropy = tl.maximum((log_sum - energy * inverse * factor) * 0.6931471805599453, 0.0)
         tl.store(row + at, tl.where(some, entropy, 0.0), mask=inside)
+        # max p = e^(m − m) / l = 1 / l.
         tl.store(row + step + at, inverse, mask=inside)
         queries = load_block(q, b, m0, head, n_positions, sqb, sqt, sqn, D, BLOCK_M, BLOCK_D, TMA)
         sink = _probe(
@@ -302,6 +329,8 @@ def statistics_kernel(
             BLOCK_D,
         )
         tl.store(row + 2 * step + at, sink, mask=inside)
+        # Mean key = Σ p · key / Σ p: dividing by the column of ones takes the rounding of P out of the weights' sum.
+        # The position comes as digits of base 256, which every type holds exactly.
         ones = _column(mass, 0)
         mean_key = _column(mass, 1) + 256.0 * _column(mass, 2) + 65536.0 * _column(mass, 3)
         distance = t.to(tl.float32) - mean_key / tl.where(some, ones, 1.0)
@@ -327,6 +356,7 @@ def statistics_kernel(
         )
         tl.store(row + 5 * step + at, previous, mask=inside)
         tl.store(argmax + at, tl.where(some, best, -1), mask=inside)
+        # The first four columns are ours, the rest the caller's; what lies outside of theirs is masked.
         f = tl.arange(0, COLUMNS) - POSITION_COLUMNS
         tl.store(
             features + at[:, None] * n_features + f[None, :],
@@ -378,18 +408,32 @@ def plan_statistics(
     """
     n, n_positions, n_head, d_head = q_BTNH.shape
     wanted = statistics or features is not None
-    n_features = 0 if features is None else features.shape[-1]
+    if features is None:
+        n_features = 0
+    else:
+        n_features = features.shape[-1]
     if n_features > N_FEATURES:
         raise ValueError(f"{n_features} key features; the kernel takes at most {N_FEATURES}")
     new = q_BTNH.new_empty
     plane = (n, n_head, n_positions)
     z, lse = new(q_BTNH.shape, dtype=v_BTGH.dtype), new(plane, dtype=torch.float32)
-    row = new((len(FLOAT_ROWS), *plane) if wanted else (0,), dtype=torch.float32)
-    argmax = new(plane if wanted else (0,), dtype=torch.int32)
-    sums = new((*plane, n_features) if wanted else (0,), dtype=torch.float32)
+    row = new(0, dtype=torch.float32)
+    argmax = new(0, dtype=torch.int32)
+    sums = new(0, dtype=torch.float32)
+    if wanted:
+        row = new((len(FLOAT_ROWS), *plane), dtype=torch.float32)
+        argmax = new(plane, dtype=torch.int32)
+        sums = new((*plane, n_features), dtype=torch.float32)
+    # tl.dot needs at least 16 and powers of two; what lies beyond d_head is loaded as zero.
     block_d = max(16, triton.next_power_of_2(d_head))
     tma = config.tma and all(can_describe(x) for x in (q_BTNH, k_BTGH, v_BTGH))
-    table = key_table(n_positions, features, v_BTGH.dtype, q_BTNH.device) if wanted else None
+    table = None
+    table_stride = 0
+    if wanted:
+        table = key_table(n_positions, features, v_BTGH.dtype, q_BTNH.device)
+        # One table for all sequences has stride 0, whatever a dimension of length 1 says of its own.
+        if table.shape[0] > 1:
+            table_stride = table.stride(0)
     arguments = {
         "q": describe_heads(q_BTNH, config.block_m, block_d, tma),
         "k": describe_heads(k_BTGH, config.block_n, block_d, tma),
@@ -402,6 +446,7 @@ def plan_statistics(
         "argmax": argmax,
         "features": sums,
         "row_start": row_start,
+        # scale · log2(e): the exponential is exp2, one instruction of the hardware.
         "factor": scale * 1.4426950408889634,
         "n_positions": n_positions,
         "n_head": n_head,
@@ -411,7 +456,7 @@ def plan_statistics(
         **dict(zip(("sqb", "sqt", "sqn"), q_BTNH.stride(), strict=False)),
         **dict(zip(("skb", "skt", "skn"), k_BTGH.stride(), strict=False)),
         **dict(zip(("svb", "svt", "svn"), v_BTGH.stride(), strict=False)),
-        "stb": table.stride(0) if table is not None and table.shape[0] > 1 else 0,
+        "stb": table_stride,
         "D": d_head,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
