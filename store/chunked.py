@@ -65,7 +65,10 @@ class ChunkedArray(ABC):
                 f"{self.name}: lists or masks along {names}; one dimension at a time can be indexed so. Index the "
                 "values that are read along the other."
             )
-        values = self._take(parts, listed[0]) if listed else self._basic(_ranges(parts))
+        if listed:
+            values = self._take(parts, listed[0])
+        else:
+            values = self._basic(_ranges(parts))
         return values[tuple(0 if d else slice(None) for d in dropped)]
 
     @abstractmethod
@@ -82,6 +85,7 @@ class ChunkedArray(ABC):
             tuple(c[i] for c, i in zip(chunks, at, strict=True))
             for at in np.ndindex(*map(len, chunks))
         ]
+        # Inside one chunk no copy is needed: a view of the mapped file.
         if len(places) == 1 and all(map(len, ranges)):
             ((place, data),) = self._read(places)
             if data is not None:
@@ -104,6 +108,7 @@ class ChunkedArray(ABC):
         source = []
         target = []
         for p, c, r in zip(place, self._chunk, ranges, strict=True):
+            # The part of chunk p, [p c, (p + 1) c), that lies in the range.
             low = max(r.start, p * c)
             high = min(r.stop, (p + 1) * c)
             source.append(slice(low - p * c, high - p * c))
@@ -115,6 +120,8 @@ class ChunkedArray(ABC):
         wanted = np.asarray(parts[axis])
         out = np.empty([len(part) for part in parts], self.dtype)
         target: list[slice | np.ndarray] = [slice(None)] * self.ndim
+        # Sorted, the listed places fall into stretches of one chunk each, and every chunk is read once, however
+        # often and in whatever order its places are listed.
         order = np.argsort(wanted, kind="stable")
         edges = np.flatnonzero(np.diff(wanted[order] // self._chunk[axis])) + 1
         for here in np.split(order, edges) if len(order) else ():
@@ -127,7 +134,9 @@ class ChunkedArray(ABC):
 
     def _parts(self, key: Any) -> tuple[list[Part], list[bool]]:
         """Return the places that an index takes along each dimension, and which dimensions it drops."""
-        keys = list(key) if isinstance(key, tuple) else [key]
+        keys = [key]
+        if isinstance(key, tuple):
+            keys = list(key)
         if any(part is Ellipsis for part in keys):
             at = next(i for i, part in enumerate(keys) if part is Ellipsis)
             keys[at : at + 1] = [slice(None)] * (self.ndim - len(keys) + 1)
@@ -165,7 +174,10 @@ class ChunkedArray(ABC):
                     "take every n-th value of the result"
                 )
             return chosen
-        listed = np.asarray(part) if np.size(part) else np.zeros(0, np.int64)
+        if np.size(part):
+            listed = np.asarray(part)
+        else:
+            listed = np.zeros(0, np.int64)
         if listed.ndim != 1 or listed.dtype.kind not in "biu":
             raise IndexError(
                 f"{self.name}: an index of shape {listed.shape} and type {listed.dtype} along {dim}; expected a list "
@@ -183,7 +195,9 @@ class ChunkedArray(ABC):
 
     def _check_inside(self, low: int, high: int, size: int, dim: str) -> None:
         if low < -size or high >= size:
-            wrong = low if low < -size else high
+            wrong = high
+            if low < -size:
+                wrong = low
             raise IndexError(
                 f"{self.name}: index {wrong} is out of range along {dim}, which has {size}"
             )

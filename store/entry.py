@@ -63,6 +63,7 @@ def digest_of(marks: Mapping[int, str], blocks: Iterable[int]) -> str:
 
 def encode(entry: Entry) -> bytes:
     """Return the file of an entry: JSON that carries its own checksum."""
+    # Sorted keys and a checksum of the values: the same block gives the same bytes on every machine.
     body = asdict(entry)
     if not entry.source:
         del body["source"]

@@ -27,6 +27,8 @@ class RunMoved(RuntimeError):
 
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
+    # A file's fsync makes its bytes durable, not its name: that is an entry of the directory, which has to be
+    # fsynced itself after every create, rename and link that must survive.
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -36,6 +38,8 @@ def sync_directory(path: Path) -> None:
 
 def make_directories(path: Path) -> list[Path]:
     """Create a directory with its ancestors; return the existing directories that got a new entry, to be synced."""
+    # A new directory is durable only once its parent was fsynced, so the parents go back to the caller, who
+    # syncs them after the file inside was made.
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -67,6 +71,7 @@ def write_synced(path: Path, data: bytes) -> None:
 def _write(path: Path, data: bytes, mode: int) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | mode | os.O_CLOEXEC, 0o644)
     try:
+        # One write may take less than all (a signal, a full disk): go on until nothing is left.
         view = memoryview(data)
         while view:
             view = view[os.write(handle, view) :]
@@ -77,6 +82,10 @@ def _write(path: Path, data: bytes, mode: int) -> None:
 
 def write_durably(path: Path, data: bytes, temporary: Path) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename, fsync of the directories."""
+    # 1. The bytes go to a temporary file and are fsynced: were they renamed first, a power loss could leave the
+    # final name on an empty file.
+    # 2. The rename is atomic: a reader sees the old file or the new one, whole.
+    # 3. The directories are fsynced last: from here on the name survives as well.
     parents = make_directories(path.parent)
     make_directories(temporary.parent)
     write_temporary(temporary, data)
@@ -87,6 +96,8 @@ def write_durably(path: Path, data: bytes, temporary: Path) -> None:
 
 def create_durably(path: Path, data: bytes, temporary: Path) -> bool:
     """Write a file unless it exists; return whether this call made it."""
+    # As `write_durably`, but a link instead of a rename: it fails where the name exists, so that of two
+    # processes exactly one makes the file, and neither replaces the other's.
     parents = make_directories(path.parent)
     make_directories(temporary.parent)
     write_temporary(temporary, data)
@@ -103,6 +114,7 @@ def create_durably(path: Path, data: bytes, temporary: Path) -> bool:
 
 def json_sum(value: Any) -> str:
     """Return the CRC32C of JSON values, whatever their layout: of the text with sorted keys and no spaces, as hex."""
+    # Of the canonical text: a checksum of the file's bytes would change with its indentation.
     data = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
     return int(google_crc32c.value(data)).to_bytes(4, "little").hex()
 

@@ -44,7 +44,14 @@ class ArraySpec:
     @property
     def axis(self) -> str | None:
         """The leading dimension `depth` or `layer`, None for arrays that begin with the sequence."""
-        return self.dims[0] if self.dims[0] in LEADING else None
+        if self.dims[0] in LEADING:
+            return self.dims[0]
+        return None
+
+    @property
+    def sequence_dim(self) -> int:
+        """Where the sequence stands among the dimensions: behind `depth` or `layer` where there is one."""
+        return int(self.axis is not None)
 
     @cached_property
     def grid(self) -> tuple[int, ...]:
@@ -63,25 +70,32 @@ class ArraySpec:
 
     @property
     def sequences_per_shard(self) -> int:
-        return self.shard[0 if self.axis is None else 1]
+        return self.shard[self.sequence_dim]
 
     @property
     def sequences_per_chunk(self) -> int:
-        return self.chunk[0 if self.axis is None else 1]
+        return self.chunk[self.sequence_dim]
 
     @property
     def layers_per_shard(self) -> int:
-        return 1 if self.axis is None else self.shard[0]
+        if self.axis is None:
+            return 1
+        return self.shard[0]
 
     def shard_path(self, axis_shard: int, sequence_shard: int) -> str:
         """Return a shard's path inside the run, such as `resid/c/3/0/0/0`."""
-        lead = [] if self.axis is None else [axis_shard]
+        lead = [axis_shard]
+        if self.axis is None:
+            lead = []
         rest = [0] * (len(self.dims) - len(lead) - 1)
         return "/".join(map(str, [self.name, "c", *lead, sequence_shard, *rest]))
 
     def block_shards(self, first: int, last: int) -> list[str]:
         """List the shards that hold sequences [first, last)."""
-        n_axis = 1 if self.axis is None else -(-self.shape[0] // self.shard[0])
+        if self.axis is None:
+            n_axis = 1
+        else:
+            n_axis = -(-self.shape[0] // self.shard[0])
         per = self.sequences_per_shard
         return [
             self.shard_path(a, s)
@@ -91,19 +105,25 @@ class ArraySpec:
 
     def n_tiles(self) -> int:
         """Causal tiles of one head: the lower triangle of the tile grid."""
+        # 1 + 2 + … + side: key tiles at and left of the diagonal, for each row of tiles.
         side = -(-self.shape[-1] // self.chunk[-1])
         return side * (side + 1) // 2
 
     def stored_bytes(self, n_sequences: int) -> int:
         """Bytes on disk of `n_sequences`, before a codec: chunks as they are aligned, and the shards' indexes."""
-        lead = 1 if self.axis is None else self.shape[0]
+        if self.axis is None:
+            lead = 1
+        else:
+            lead = self.shape[0]
+        # Ceil along both dimensions that shards divide: layers (or depths), and sequences.
         n_shards = -(-lead // self.layers_per_shard) * -(-n_sequences // self.sequences_per_shard)
         if self.tiled:
             n_chunks = n_sequences * -(-self.shape[2] // self.chunk[2]) * self.n_tiles()
         else:
             n_chunks = -(-n_sequences // self.sequences_per_chunk) * prod(
-                self.grid[(1 if self.axis is None else 2) :]
+                self.grid[self.sequence_dim + 1 :]
             )
+        # Every chunk takes whole pages, with its checksum; a shard's index is 16 bytes a chunk and a checksum.
         per_chunk = round_up(self.chunk_bytes + CRC_BYTES)
         return lead * n_chunks * per_chunk + n_shards * (16 * prod(self.grid) + CRC_BYTES)
 
@@ -146,7 +166,7 @@ class ArraySpec:
             or not all(1 <= size < 1 << 48 for size in sizes)
             or any(s % c for s, c in zip(spec.shard, spec.chunk, strict=True))
             or spec.dims.count("sequence") != 1
-            or spec.dims.index("sequence") != (0 if spec.axis is None else 1)
+            or spec.dims.index("sequence") != spec.sequence_dim
             or spec.dtype not in DTYPES
             or spec.codec not in CODECS
         ):
@@ -159,11 +179,9 @@ _CRC32C = {"name": "crc32c"}
 
 
 def _zstd(level: int | None) -> list[dict[str, Any]]:
-    return (
-        []
-        if level is None
-        else [{"name": "zstd", "configuration": {"level": level, "checksum": False}}]
-    )
+    if level is None:
+        return []
+    return [{"name": "zstd", "configuration": {"level": level, "checksum": False}}]
 
 
 def array_metadata(
@@ -178,7 +196,10 @@ def array_metadata(
     """Return a Zarr v3 zarr.json; without `codecs`, plain chunks with a checksum."""
     value: Any = fill
     if np.dtype(dtype).kind == "f":
-        value = "NaN" if math.isnan(fill) else float(fill)
+        if math.isnan(fill):
+            value = "NaN"
+        else:
+            value = float(fill)
     elif dtype == "bool":
         value = bool(fill)
     plain = [_BYTES if np.dtype(dtype).itemsize > 1 else {"name": "bytes"}, _CRC32C]
@@ -199,7 +220,7 @@ def array_metadata(
 
 def sequence_bytes(spec: ArraySpec) -> int:
     """Return the bytes of one sequence at one layer or depth of an array; of causal tiles, those that are stored."""
-    lead = 1 if spec.axis is None else 2
+    lead = spec.sequence_dim + 1
     if spec.tiled:
         return spec.n_tiles() * spec.shape[2] * prod(spec.chunk[3:]) * np.dtype(spec.dtype).itemsize
     return prod(spec.shape[lead:]) * np.dtype(spec.dtype).itemsize
@@ -212,9 +233,12 @@ def tile_edge(n_positions: int) -> int:
         return n_positions
 
     def stored(edge: int) -> int:
+        # Stored values of a head: side (side + 1) / 2 tiles of edge² each, T² / 2 and half a tile row more.
         side = -(-n_positions // edge)
         return side * (side + 1) // 2 * edge * edge
 
+    # Large tiles read and write faster, small ones waste less above the diagonal: the largest that wastes at
+    # most a third more than the best of the three.
     smallest = min(map(stored, (256, 128, 64)))
     return next(edge for edge in (256, 128, 64) if 3 * stored(edge) <= 4 * smallest)
 
@@ -234,18 +258,28 @@ def make_spec(
     A shard holds all layers where one layer's part of a block is under 8 MiB and all layers of a sequence are within
     128 MiB, else one layer; and the largest share of a block (halved from the whole) that stays within 128 MiB.
     """
+    # No shard may hold sequences of two blocks, so it holds a block's sequences, or what is left of them after
+    # halving. Few large files are better: every one costs a rename and a fsync.
     shape = tuple(sizes[d] for d in dims)
-    lead = 1 if dims[0] in LEADING else 0
+    lead = 0
+    if dims[0] in LEADING:
+        lead = 1
     chunk_rest, shard_rest, per_sequence = _rest(
         dims[lead + 1 :], shape[lead + 1 :], np.dtype(dtype).itemsize
     )
     together = (
         lead and per_sequence * block < LAYER_BYTES and per_sequence * shape[0] <= SHARD_BYTES
     )
-    n_lead = shape[0] if together else 1
+    n_lead = 1
+    if together:
+        n_lead = shape[0]
+    # bytes of a shard = sequences · layers in it · bytes of a sequence at one layer ≤ SHARD_BYTES.
     per_shard = _halve(block, SHARD_BYTES // max(per_sequence * n_lead, 1))
     tiled = dims[-2:] == ("query", "key")
-    per_chunk = 1 if tiled else _halve(per_shard, CHUNK_BYTES // max(per_sequence, 1))
+    if tiled:
+        per_chunk = 1
+    else:
+        per_chunk = _halve(per_shard, CHUNK_BYTES // max(per_sequence, 1))
     return ArraySpec(
         name,
         dims,
@@ -271,6 +305,8 @@ def _rest(
 ) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Return chunk and shard shape behind the sequence, and the bytes of one sequence."""
     if dims[-2:] == ("query", "key"):
+        # Heads of a tile that go into one chunk: the fewest that divide the heads and reach HEAD_TILE_BYTES, so
+        # that one head's pattern is read without all the others and a chunk is still worth a read.
         n_head = shape[0]
         edge = tile_edge(shape[-1])
         heads = next(
@@ -281,7 +317,14 @@ def _rest(
         side = -(-shape[-1] // edge)
         stored = n_head * side * (side + 1) // 2 * edge * edge * itemsize
         return (heads, edge, edge), (n_head, side * edge, side * edge), stored
+    # Cut along the positions only where a sequence is more than a chunk, in steps of 16 positions.
     row = prod(shape[1:]) * itemsize
-    parts = 1 if dims[0] == "head" else -(-row * shape[0] // CHUNK_BYTES)
-    step = shape[0] if parts == 1 else -(-shape[0] // parts // 16) * 16 or 16
+    if dims[0] == "head":
+        parts = 1
+    else:
+        parts = -(-row * shape[0] // CHUNK_BYTES)
+    if parts == 1:
+        step = shape[0]
+    else:
+        step = -(-shape[0] // parts // 16) * 16 or 16
     return (step, *shape[1:]), (-(-shape[0] // step) * step, *shape[1:]), row * shape[0]

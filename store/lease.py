@@ -67,10 +67,12 @@ class _Lease:
 
     def take(self) -> None:
         """Create the lock, or take over that of a dead process."""
+        # Conditional PUT (If-None-Match: *): of several that ask, one makes the object.
         if self._path.create(self._data()):
             self._tag = self._path.read_with_tag()[1]
             self._renewed = time.monotonic()
             return
+        # Only changes are watched: a holder writes every REFRESH_SECONDS, so six of them fit into the wait.
         before, tag = self._read()
         end = time.monotonic() + (0 if _is_dead(before) else LEASE_SECONDS)
         while tag:
@@ -91,6 +93,7 @@ class _Lease:
         while not self.end.wait(REFRESH_SECONDS):
             with suppress(StoreError):  # the next time will do
                 try:
+                    # Each write differs from the last one, so that a watcher sees the object change.
                     self._me["beat"] += 1
                     self._tag = self._replace(self._tag)
                 except (FileExistsError, FileNotFoundError):
@@ -106,6 +109,7 @@ class _Lease:
 
         After a pause, as of a process that was stopped, it is read first: `refresh` may not have come to it yet.
         """
+        # Half of the lease: before anybody could have taken it over, had the refresh thread run meanwhile.
         if time.monotonic() - self._renewed > LEASE_SECONDS / 2:
             with suppress(StoreError):
                 now = self._read()[0]
@@ -140,11 +144,9 @@ class _Lease:
 
     def _locked(self, data: bytes) -> LockedError:
         raw = _parse(data)
-        who = (
-            "process {pid} on {host} since {since}".format(**raw)
-            if {"pid", "host", "since"} <= raw.keys()
-            else ""
-        )
+        who = ""
+        if {"pid", "host", "since"} <= raw.keys():
+            who = "process {pid} on {host} since {since}".format(**raw)
         return LockedError(
             f"{self._run} is being written by {who or 'another process'}. One run has one writer: wait for it, or stop "
             "it and run this command again."
@@ -174,4 +176,6 @@ def _parse(data: bytes) -> dict[str, Any]:
         raw = json.loads(data)
     except ValueError:
         return {}
-    return raw if isinstance(raw, dict) else {}
+    if isinstance(raw, dict):
+        return raw
+    return {}

@@ -79,6 +79,7 @@ class Ledger:
 
     def holds(self, first: int, last: int) -> np.ndarray:
         """Say of the blocks [first, last) which are committed."""
+        # A view is sorted by block, so the blocks of a range lie together.
         view = self._view()
         low, high = np.searchsorted(view.block, (first, last))
         found = np.zeros(last - first, bool)
@@ -101,6 +102,7 @@ class Ledger:
     def trusted(self) -> dict[int, int]:
         """Return `committed()` after reading what was not moved yet; raise LedgerError for what cannot be trusted."""
         view = self._view()
+        # A segment that cannot be read could have held any block: nothing is skipped on the word of such a ledger.
         for error in view.errors:
             raise error
         there = ~view.gone
@@ -143,6 +145,7 @@ class Ledger:
         for item, data in zip(
             loose, self.folder.read_all(item.name for item in loose), strict=True
         ):
+            # Between the listing and the read, `compact` put the entry into a segment.
             if isinstance(data, FileNotFoundError):  # it was moved meanwhile
                 yield self.read(item.block)
                 continue
@@ -185,6 +188,7 @@ class Ledger:
 
     def find(self, block: int) -> Entry | None:
         """Return the newest entry of a block, None where it is not committed; raise LedgerError for a bad one."""
+        # The entry may be moved between the listing and the read: the second view then finds it in its segment.
         for _ in range(2):
             view = self._view()
             at = int(np.searchsorted(view.block, block))
@@ -205,6 +209,7 @@ class Ledger:
 
         Raises RunMoved where the run's folder is no longer there.
         """
+        # Creating the entry would make the folder of a run anew that was moved away, with nothing in it but that.
         if self._run.local is not None and not self._run.is_dir():
             raise RunMoved(f"{self._run} is gone: {GONE}")
         return self._run.create_whole(
@@ -227,6 +232,8 @@ class Ledger:
         view = self._view()
         attempts = dict(zip(view.block.tolist(), view.attempt.tolist(), strict=True))
         for block in blocks:
+            # The newer entry comes first and is durable: a crash before the older files are deleted leaves a block that
+            # is out of the run either way.
             attempt = attempts.get(block, 0) + 1
             body = {"block": block, "attempt": attempt, "fingerprint": self.fingerprint}
             data = to_json(body | {"crc32c": json_sum(body)})
@@ -267,6 +274,8 @@ class Ledger:
         loose = self._loose()
         if len(loose) < least:
             return 0
+        # A crash after an earlier segment was written, and before its entries were deleted, leaves entries that are
+        # in it already: they are only deleted now, not written twice.
         columns, _ = self._segments.columns()
         known = {
             pair for c in columns for pair in zip(c.block.tolist(), c.attempt.tolist(), strict=True)
@@ -286,12 +295,15 @@ class Ledger:
             moved.append(item.name)
             if (item.block, item.attempt) not in known:
                 rows.append((entry, item.gone))
+        # First the segment, durably; then the files. In between an entry is in both places and counts once.
         if rows:
             self._segments.write(rows)
         self.folder.delete_all(moved)
         return len(moved)
 
     def _view(self) -> _View:
+        # Threads that asked before a listing began may share it; one that asks after it began may know of entries
+        # that it missed, and lists again. A folder whose mark (its time of change) is the same has no new names.
         asked = time.monotonic()
         with self._lock:
             if self._seen is None or self._seen_at < asked:
@@ -318,8 +330,12 @@ class Ledger:
             )
         )
         block, attempt, gone, source = map(np.concatenate, zip(*parts, strict=True))
+        # Sorted by block, then attempt, then source; LOOSE is −1, so of an entry in both places the segment's row is
+        # last. The last row of each block is the newest attempt.
         order = np.lexsort((source, attempt, block))
-        newest = order[np.append(np.diff(block[order]) != 0, True)] if len(order) else order
+        newest = order
+        if len(order):
+            newest = order[np.append(np.diff(block[order]) != 0, True)]
         return _View(
             block[newest],
             attempt[newest],

@@ -32,6 +32,7 @@ def hold(run: PlaceLike) -> Iterator[Callable[[], None]]:
         return
     assert run.local is not None
     path = run.local / INTERNAL / "lock"
+    # The lock is the kernel's (flock) and dies with its holder; the file only says who that is.
     make_directories(path.parent)
     refuse_links(run.local)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -48,6 +49,7 @@ def hold(run: PlaceLike) -> Iterator[Callable[[], None]]:
             "pid": os.getpid(),
             "since": datetime.now().isoformat(timespec="seconds"),
         }
+        # Written in place: a rename would give the lock's name to another file, which is not locked.
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(me).encode(), 0)
         yield lambda: None
@@ -87,6 +89,7 @@ def probe(run: PlaceLike) -> None:
     folder = run.local / INTERNAL / "tmp"
     make_directories(folder)
     first, second, third = (folder / f"{PROBE}{os.getpid()}-{i}" for i in range(3))
+    # Exactly what commits a block: create, rename, fsync of a directory, and a hard link for ledger entries.
     operation = "create a file"
     try:
         third.unlink(

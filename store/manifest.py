@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -119,7 +120,10 @@ def read_manifest(run: PlaceLike) -> Manifest:
         ) from error
     if version != FORMAT_VERSION:
         made_by = raw.get("made_by")
-        maker = made_by.get("headwater") if isinstance(made_by, dict) else None
+        if isinstance(made_by, dict):
+            maker = made_by.get("headwater")
+        else:
+            maker = None
         raise RunError(
             f"{run} has format version {version}; this Headwater reads version {FORMAT_VERSION}. Use the "
             f"Headwater that made it ({maker or 'unknown'})."
@@ -153,7 +157,7 @@ def _manifest_of(raw: dict[str, Any]) -> Manifest:
     for source in manifest.text["sources"]:
         from_raw(_Source, source)
     for spec in arrays:
-        if spec.shape[0 if spec.axis is None else 1] != manifest.n_sequences:
+        if spec.shape[spec.sequence_dim] != manifest.n_sequences:
             raise ValueError(f"its array {spec.name} has the shape {list(spec.shape)}")
         if manifest.block % spec.sequences_per_shard and manifest.n_sequences > manifest.block:
             raise ValueError(f"its array {spec.name} has shards that lie in more than one block")
@@ -194,6 +198,8 @@ class _Source:
 
 def write_manifest(run: Path, manifest: Manifest) -> None:
     """Commit stage 0."""
+    # Everything that it names is fsynced already: its presence commits the text. The note of unfinished work is
+    # deleted afterwards; a crash between the two leaves a note beside a manifest, which `settle` deletes.
     temporary = run / INTERNAL / "tmp" / unique_name("manifest.json")
     write_durably(run / INTERNAL / "manifest.json", to_json(manifest.to_json()), temporary)
     (run / INTERNAL / "unfinished").unlink(missing_ok=True)
@@ -233,6 +239,7 @@ class PlainArray:
         self.n += len(values)
         self._parts.append(values)
         self._held += len(values)
+        # Texts are longer than memory: at most one chunk and one call's rows are held.
         while self._held >= self.chunk:
             rows = np.concatenate(self._parts)
             self._write((self.n - self._held) // self.chunk, rows[: self.chunk])
@@ -240,6 +247,7 @@ class PlainArray:
 
     def close(self) -> dict[str, Any]:
         """Write the last chunk, padded with the fill value (an only chunk is not); return the array's zarr.json."""
+        # An array of one chunk is as long as that: no padding in small runs.
         self.chunk = max(min(self.chunk, self.n), 1)
         if self._held:
             rows = np.full((self.chunk, *self.tail), self.fill, self.dtype)
@@ -258,12 +266,16 @@ class PlainArray:
 
 def write_static(run: Path, path: str, data: bytes, statics: dict[str, list[int]]) -> None:
     """Write one of the files that never change and note its length and checksum (of a chunk its own) in `statics`."""
+    # Written in place, not renamed: until the manifest is there these files do not count, and an interrupted
+    # stage 0 is cleared and made again. Each is durable before the manifest is.
     final = run / path
     parents = make_directories(final.parent)
     write_synced(final, data)
     for directory in {final.parent, *parents}:
         sync_directory(directory)
-    content = data[:-CRC_BYTES] if "/c/" in path else data
+    content = data
+    if "/c/" in path:
+        content = data[:-CRC_BYTES]
     statics[path] = [len(data), int(google_crc32c.value(content))]
 
 
@@ -274,6 +286,7 @@ def write_metadata(
     statics: dict[str, list[int]],
 ) -> None:
     """Write every zarr.json: the arrays' own, then the root group's with all of them consolidated."""
+    # The root lists all of them, so that a reader of an object store needs one request; it goes last.
     for name, metadata in arrays.items():
         write_static(run, f"{name}/zarr.json", to_json(metadata), statics)
     consolidated = {
@@ -298,7 +311,9 @@ def write_coordinate(
     data = data.astype("int64" if data.dtype.kind == "i" else "float64")
     raw = data.tobytes()
     write_static(run, f"{name}/c/0", raw + crc32c(raw), statics)
-    fill = float("nan") if data.dtype.kind == "f" else -1
+    fill: float = -1
+    if data.dtype.kind == "f":
+        fill = math.nan
     return array_metadata(data.shape, data.dtype.name, data.shape, None, fill, (dim,), {})
 
 
@@ -348,7 +363,9 @@ def _check_above(run: Place) -> None:
     """
     for above in run.above():
         name = above.name.removesuffix(".analysis")
-        of = above.with_name(name) if name != above.name else above
+        of = above
+        if name != above.name:
+            of = above.with_name(name)
         with suppress(OSError):  # who may write here need not be allowed to look there
             if _has_begun(of):
                 raise RunError(f"--out {run} lies in the run {of}. Name a place outside of it.")
@@ -372,7 +389,9 @@ def _check_prefix(run: ObjectPath) -> None:
 
 
 def _listed(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    if folder.is_dir():
+        return sorted(folder.iterdir())
+    return []
 
 
 def settle(run: PlaceLike) -> None:
@@ -382,6 +401,8 @@ def settle(run: PlaceLike) -> None:
         if manifest_path(run).is_file():
             (run / INTERNAL / "unfinished").unlink()
         return
+    # A process that died may have renamed a file that it never came to fsync: it is visible now, and would be
+    # gone after a power loss. Syncing the directories once makes what is seen durable before it is built upon.
     internal = run.local / INTERNAL
     make_directories(internal / "tmp")
     make_directories(internal / "ledger")
@@ -394,6 +415,8 @@ def settle(run: PlaceLike) -> None:
 
 def mark_unfinished(run: Path, names: Iterable[str]) -> None:
     """Note that stage 0 is under way and which files and directories of the run it may make."""
+    # Durable before the first file of stage 0: after a crash it says what may be deleted, and that the folder
+    # is ours.
     data = "".join(f"{name}\n" for name in names).encode()
     write_durably(
         run / INTERNAL / "unfinished", data, run / INTERNAL / "tmp" / unique_name("unfinished")

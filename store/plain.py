@@ -47,6 +47,7 @@ class CompleteArray(ChunkedArray):
 
     def _basic(self, ranges: list[range]) -> np.ndarray:
         (wanted,), (block,) = ranges, self._chunk
+        # Blocks of the range, one flag each, spread to their sequences.
         first = wanted.start // block
         held = self._holds(first, -(-wanted.stop // block))
         return held[np.arange(wanted.start, wanted.stop) // block - first]

@@ -18,6 +18,9 @@ UPLOADS = 4
 
 def publish(made: Path, run: ObjectPath, manifest: Manifest) -> None:
     """Copy what stage 0 made in a scratch directory into the store, the manifest last: it commits the text."""
+    # The order of a directory's stage 0. The list of what may come goes first, so that an interrupted copy can
+    # be cleared; the manifest goes last, for it alone says that the text is whole. A PUT that was answered is
+    # durable and visible whole: there is nothing to fsync or to rename.
     clear_unpublished(run)
     names = list(manifest.statics)
     (run / INTERNAL / "unfinished").write_bytes("".join(f"{name}\n" for name in names).encode())
@@ -28,6 +31,7 @@ def publish(made: Path, run: ObjectPath, manifest: Manifest) -> None:
 
 def clear_unpublished(run: ObjectPath) -> None:
     """Delete what an interrupted `publish` wrote, and nothing else."""
+    # With a manifest stage 0 was committed, and a marker that is left is only late to be deleted.
     marker = run / INTERNAL / "unfinished"
     if not manifest_path(run).is_file() and marker.is_file():
         run.delete([run / name for name in marker.read_text().split("\n")[:-1]])

@@ -58,6 +58,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return True
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON has no integers of its own, and True is an int in Python: it is none here.
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if origin in (types.UnionType, typing.Union):

@@ -107,7 +107,9 @@ class Run:
 
     def read_text(self, name: str) -> str | None:
         """Read a text file of the run, such as tokenizer.json; None where it has none."""
-        return self.read_static(name).decode() if name in self.manifest.statics else None
+        if name in self.manifest.statics:
+            return self.read_static(name).decode()
+        return None
 
     def read_static(self, name: str) -> bytes:
         """Read a file that was written with the text; raise RunError where it is not what the manifest says."""
@@ -144,8 +146,13 @@ class Run:
     def leads(self, name: str) -> list[int]:
         """Return the layers (or depths) that an array holds, in order; [0] for an array without that dimension."""
         axis = self.spec(name).axis
-        numbers = None if axis is None else self.coordinate(axis)
-        return [0] if numbers is None else [int(i) for i in numbers]
+        if axis is None:
+            numbers = None
+        else:
+            numbers = self.coordinate(axis)
+        if numbers is None:
+            return [0]
+        return [int(i) for i in numbers]
 
     def blocks(self) -> Iterator[tuple[int, int, int]]:
         """Yield (block, first, last) for every committed block."""
@@ -158,7 +165,9 @@ class Run:
         if here is None or not hasattr(os, "posix_fadvise"):
             return
         spec = self.spec(name)
-        place = lead // spec.layers_per_shard if spec.axis else 0
+        place = 0
+        if spec.axis:
+            place = lead // spec.layers_per_shard
         for group in range(first // spec.sequences_per_shard, -(-last // spec.sequences_per_shard)):
             try:
                 file = os.open(
@@ -213,6 +222,7 @@ class Run:
             return None
         if self.checked and (found := shard.sum()) is not None:
             block = first // self.manifest.block
+            # The kept entry first: the ledger is asked again only where it disagrees with the file.
             for again in (False, True):  # a block that was computed again has a newer entry
                 entry = self._entry(block, again)
                 if entry is None or entry.files.get(path) == [*found]:
@@ -237,6 +247,7 @@ class Run:
 
     def _opened(self, path: str, n_chunks: int) -> ShardFile:
         """Return a shard that is open, as long as it is the file of that name; raise FileNotFoundError without one."""
+        # Asked before the lookup: of a file that is replaced in between, the older version is opened anew next time.
         there = version_at(self.path / path)
         with self._lock:
             shard = self._shards.get(path)
@@ -246,7 +257,10 @@ class Run:
         try:
             shard = open_shard(self.path / path, n_chunks)
         except ValueError as error:
-            what = "is empty" if (self.path / path).size() == 0 else str(error)
+            if (self.path / path).size() == 0:
+                what = "is empty"
+            else:
+                what = str(error)
             raise self.damaged(path, what) from error
         with self._lock:
             self._shards[path] = shard
@@ -257,7 +271,10 @@ class Run:
     def _entry(self, block: int, again: bool = False) -> Entry | None:
         """Return the ledger's entry of a block, None where it is not committed; `again` looks for a newer one."""
         with self._lock:
-            found = None if again else self._entries.get(block)
+            if again:
+                found = None
+            else:
+                found = self._entries.get(block)
         if found is None and (found := self.ledger.find(block)) is not None:
             with self._lock:
                 self._entries[block] = found
@@ -303,7 +320,9 @@ class RunArray(ChunkedArray):
     def _shard_of(self, place: ChunkPlace) -> tuple[int, int]:
         """Return which shard a chunk lies in: along the leading dimension, and along the sequences."""
         shard = [p // g for p, g in zip(place, self.spec.grid, strict=True)]
-        return (shard[0], shard[1]) if self.spec.axis else (0, shard[0])
+        if self.spec.axis:
+            return (shard[0], shard[1])
+        return (0, shard[0])
 
     def _read_shard(
         self, where: tuple[int, int], places: Sequence[ChunkPlace]
@@ -313,6 +332,7 @@ class RunArray(ChunkedArray):
         found: list[tuple[ChunkPlace, np.ndarray | None]] = [(place, None) for place in places]
         if shard is None:
             return found
+        # A chunk's number in its shard is its place in the grid in C order.
         inside = [tuple(p % g for p, g in zip(place, grid, strict=True)) for place in places]
         numbers = [int(np.ravel_multi_index(i, grid)) for i in inside]
         spots = {
@@ -320,8 +340,11 @@ class RunArray(ChunkedArray):
             for i, (offset, n) in enumerate(shard.index[numbers])
             if offset != MISSING
         }
-        parts = shard.read(list(spots.values())) if spots else []
+        parts = []
+        if spots:
+            parts = shard.read(list(spots.values()))
         for i, part in zip(spots, parts, strict=True):
+            # Once a process: the pages that were compared are the ones that are mapped.
             if self._run.checked and not shard.checks.chunks[numbers[i]]:
                 self._check(part, where, inside[i])
                 shard.checks.chunks[numbers[i]] = True

@@ -25,6 +25,7 @@ class Slab:
 
     @staticmethod
     def make(n: int, chunk_bytes: int) -> Slab:
+        # `page_buffer` adds room for a checksum itself, which the padding of the last row has already.
         padded = round_up(chunk_bytes + CRC_BYTES)
         return Slab(
             page_buffer(n * padded - CRC_BYTES)[: n * padded].reshape(n, padded), n, chunk_bytes
@@ -32,6 +33,7 @@ class Slab:
 
     def chunks(self, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """View the slab as [n, *shape]; each chunk is contiguous, the padding lies between them."""
+        # A strided view, no copy: chunks are `padded` bytes apart, and dense inside.
         flat = self.pages[:, : self.chunk_bytes].view(dtype)
         strides = np.zeros(shape, dtype).strides
         return np.lib.stride_tricks.as_strided(
@@ -50,6 +52,7 @@ class Ring:
 
     def take(self, check: Callable[[], None]) -> Slab:
         """Return a free slab; `check` is called while waiting and may raise."""
+        # Waiting here is the forward pass waiting for the disk; it is reported as the block's "wait".
         start = time.perf_counter()
         while True:
             try:
@@ -94,6 +97,7 @@ class Lanes:
 
     def join(self) -> None:
         """Wait until everything queued so far has run; raise the first error."""
+        # A marker behind all that is queued on each thread; when all have come up, everything before them has run.
         markers: list[Future[None]] = [Future() for _ in self._queues]
         for q, marker in zip(self._queues, markers, strict=True):
             q.put((None, lambda marker=marker: marker.set_result(None)))
@@ -119,6 +123,8 @@ class Lanes:
                 if task is not None and self._error is None:
                     task()
             except BaseException as error:
+                # The first error is the cause, the others its consequences. Later tasks are dropped and their slabs
+                # given back all the same, or the forward pass would wait for one for ever.
                 self._error = self._error or error
             finally:
                 if done is not None:

@@ -49,7 +49,10 @@ class RowReader:
 
     def read(self, lead: int, sequence: int, first: int, last: int, out: np.ndarray) -> None:
         """Read positions [first, last) into `out`: contiguous, [last − first, width]."""
-        shard = self._shard(lead, sequence) if self._plain else None
+        if self._plain:
+            shard = self._shard(lead, sequence)
+        else:
+            shard = None
         number, row = self._place(lead, sequence, first)
         if shard is None or shard.chunks[number, 0] == MISSING:
             out[...] = self._array[lead, sequence, first:last].reshape(out.shape)
@@ -76,7 +79,9 @@ class RowReader:
 
     def _fill(self, shard: _Shard, offset: int, data: np.ndarray, least: int | None = None) -> None:
         n_read = self._read(shard, offset, data)
-        expected = data.nbytes if least is None else least
+        expected = data.nbytes
+        if least is not None:
+            expected = least
         if n_read < expected:
             raise self._run.damaged(
                 shard.name, f"gave {n_read:,} bytes at {offset:,}, expected {expected:,}"
@@ -84,9 +89,14 @@ class RowReader:
 
     def _read(self, shard: _Shard, offset: int, data: np.ndarray) -> int:
         """Read bytes of a file at an offset into `data`; return how many came."""
+        # O_DIRECT needs offset, length and memory at page boundaries: the OR of the three has no low bits then.
         direct = self._direct and (offset | data.nbytes | data.ctypes.data) % PAGE == 0
+        # A file that took the name is another key, so a kept descriptor is never that of a replaced shard.
         key = shard.path, shard.version
-        file = self._files.get(key) if direct == self._direct else None
+        if direct == self._direct:
+            file = self._files.get(key)
+        else:
+            file = None
         if file is not None:
             return os.preadv(file, [data.data], offset)
         file, direct = self._open_file(shard.path, direct)
@@ -118,12 +128,14 @@ class RowReader:
             sequence % self._spec.shard[1] // per_sequence,
             position // per_position,
         )
+        # Rows of a chunk lie by sequence, then by position.
         row = sequence % per_sequence * per_position + position % per_position
         return int(np.ravel_multi_index(at, self._spec.grid[:3])), row
 
     def _shard(self, lead: int, sequence: int) -> _Shard | None:
         """Return a row's shard as it is now, None where it was not made."""
         where = lead // self._spec.shard[0], sequence // self._spec.shard[1]
+        # One stat a read: a repaired or replaced shard is noticed before its rows are mixed with old ones.
         known = self._shards.get(where)
         if known is not None:
             with suppress(FileNotFoundError):

@@ -27,6 +27,8 @@ def scratch_folder(prefix: str, base: Path | None = None) -> Iterator[Path]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if handle.read() == MARK:
                 _delete(folder)
+    # The lock is taken on a file of another name and renamed: once there is a `lock`, it is held, and nobody can
+    # take a folder for left over between the two.
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
     with open(folder / "new", "wb") as handle:
         handle.write(MARK)

@@ -23,6 +23,7 @@ def results_folder(run: Place) -> Place:
 def seal(folder: Place) -> None:
     """Write the lengths and checksums of all files of a folder into its SUMS."""
     names = sorted(_names(folder))
+    # The sums go last: a folder with SUMS is whole, one without was interrupted.
     sums = {}
     for name, data in zip(names, folder.read_all(names), strict=True):
         if isinstance(data, OSError):

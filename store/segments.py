@@ -73,6 +73,7 @@ class Segments:
     def marks(self, name: str) -> Iterator[tuple[int, int, str]]:
         """Yield block, attempt and mark of the entries of a segment."""
         table = self._kept(name)
+        # The column is a list of structs: read as flat columns and offsets, instead of a dictionary a file.
         lists = table.column("files").combine_chunks()
         parts = (lists.values.field(part) for part in ("path", "bytes", "sum"))
         files = list(zip(*(part.to_pylist() for part in parts), strict=True))
@@ -106,7 +107,9 @@ class Segments:
 
         sink = io.BytesIO()
         pyarrow.parquet.write_table(table, sink, compression="zstd")
+        # The name holds the checksum of the file, so that a damaged or cut segment is never believed.
         data = sink.getvalue()
+        # Numbers only grow; the holder of the run's lock alone writes segments, so no two take one number.
         number = max((_parse(name) or 0 for name in self.names()), default=0) + 1
         name = f"{number:08d}.{int(google_crc32c.value(data)):08x}.parquet"
         self._run.write_whole(f"{FOLDER}/{name}", data)
@@ -219,4 +222,6 @@ def _parse(name: str) -> int | None:
     """Return the number in a segment's name, None for another file."""
     number, _, rest = name.partition(".")
     sum_, _, kind = rest.partition(".")
-    return int(number) if number.isdecimal() and len(sum_) == 8 and kind == "parquet" else None
+    if number.isdecimal() and len(sum_) == 8 and kind == "parquet":
+        return int(number)
+    return None

@@ -41,6 +41,7 @@ def _find_checksum() -> Callable[[np.ndarray], int]:
     Called through google_crc32c it would hold the interpreter's lock. Where its name is not exported, that is the way.
     """
     try:
+        # A chunk is megabytes long: other threads should run while it is summed.
         from google_crc32c import _crc32c
 
         function = ctypes.CDLL(_crc32c.__file__).crc32c_value
@@ -55,6 +56,8 @@ checksum_of = _find_checksum()
 
 def page_buffer(n_bytes: int) -> np.ndarray:
     """Allocate page-aligned uint8 memory with room for `n_bytes`, a checksum and padding to whole pages."""
+    # O_DIRECT wants memory at page boundaries, which numpy's allocator does not promise. Private anonymous maps
+    # are zero, and huge pages save faults on slabs of megabytes.
     memory = mmap.mmap(
         -1, round_up(n_bytes + CRC_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
@@ -79,6 +82,7 @@ def decode_index(tail: bytes, n_chunks: int) -> np.ndarray:
         raise ValueError(
             f"shard index has {len(tail)} bytes, expected {expected}; the file is cut short or foreign"
         )
+    # The index is checked before an offset in it is believed.
     body = tail[:-CRC_BYTES]
     check = tail[-CRC_BYTES:]
     if crc32c(body) != check:
@@ -98,6 +102,8 @@ def shard_sum(file: BinaryIO, n_chunks: int) -> int:
     index = decode_index(file.read(), n_chunks)
     crc = 0
     at = file.seek(0)
+    # In the order of the file, so that what lies between two chunks is seen and must be zero: a shard has no
+    # place where damage goes unnoticed.
     for offset, n_bytes in sorted((int(o), int(n)) for o, n in index if o != MISSING):
         if not at <= offset <= offset + n_bytes <= length - tail or any(file.read(offset - at)):
             raise ValueError("shard has something between its chunks; the file is damaged")
@@ -118,6 +124,7 @@ def stored_sum(data: np.ndarray, index: np.ndarray) -> int:
     It tells which shard this is; whether the chunks match their checksums is another question. Raises ValueError for
     an index that points outside the file.
     """
+    # Vectorised, since it is asked of every shard that a process opens: a gather of four bytes a chunk.
     there = index[index[:, 0] != MISSING]
     in_order = there[np.argsort(there[:, 0])]
     ends = in_order.sum(1).astype(np.int64)
@@ -139,10 +146,15 @@ class ShardWriter:
     ) -> None:
         self.path = path
         self.grid = tuple(grid)
-        self._codec = None if level is None else Zstd(level=level, checksum=False)
+        if level is None:
+            self._codec = None
+        else:
+            self._codec = Zstd(level=level, checksum=False)
+        # Chunks that are never put stay MISSING: tiles above the diagonal take no bytes.
         self._index = np.full((prod(self.grid), 2), MISSING, np.uint64)
         self._end = 0
         self._crc = 0
+        # O_EXCL: a temporary name belongs to one writer, and a file that is there already is somebody else's.
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._direct = direct and _go_direct(self._file)
         self._scratch: np.ndarray | None = None
@@ -156,6 +168,7 @@ class ShardWriter:
             self._scratch = page_buffer(len(data))
         self._scratch[: len(data)] = data
         pages = self._scratch[: round_up(len(data) + CRC_BYTES)]
+        # `_seal` moves the end on, so that the chunk begins its size before it.
         self._seal([index], pages[None], len(data))
         self._write(pages, self._end - pages.size)
 
@@ -173,9 +186,12 @@ class ShardWriter:
 
         Returns the length in bytes and the file's sum, see `shard_sum`.
         """
+        # With O_DIRECT only whole pages can be written: the index goes out padded and the file is cut back to its
+        # length. The fsync comes last, after the cut, and before anybody renames the file.
         tail = encode_index(self._index)
         pages = page_buffer(len(tail))
         pages[: len(tail)] = np.frombuffer(tail, np.uint8)
+        # The sum of the shard covers the checksums of its chunks and the index, not its own trailing checksum.
         crc = int(google_crc32c.extend(self._crc, tail[:-CRC_BYTES]))
         self._write(pages[: round_up(len(tail))], self._end)
         length = self._end + len(tail)
@@ -194,6 +210,7 @@ class ShardWriter:
 
     def _seal(self, indices: Sequence[Sequence[int]], pages: np.ndarray, n_bytes: int) -> None:
         """Note where chunks go that lie in the rows of `pages`, and put a checksum and zeros behind each."""
+        # Each chunk once: a second write would leave the first one's bytes unreachable in the file.
         flat = np.ravel_multi_index(tuple(np.asarray(indices).T), self.grid)
         if (self._index[flat, 0] != MISSING).any() or len(set(flat.tolist())) < len(flat):
             raise ValueError(
@@ -201,6 +218,7 @@ class ShardWriter:
             )
         n, padded = pages.shape
         stored = n_bytes + CRC_BYTES
+        # Layout of a row of `pages`: the chunk, its CRC32C, zeros up to the page. It goes to the disk as it lies.
         checks = np.array([google_crc32c.value(data) for data in pages[:, :n_bytes]], "<u4")
         pages[:, n_bytes:stored] = checks.view(np.uint8).reshape(n, CRC_BYTES)
         pages[:, stored:] = 0
@@ -210,6 +228,8 @@ class ShardWriter:
         self._end += pages.size
 
     def _write(self, pages: np.ndarray, offset: int) -> None:
+        # Some file systems take O_DIRECT at open and refuse it at the first write (EINVAL), or write a part that
+        # ends inside a page; both go on through the page cache, with the same bytes.
         view = memoryview(pages.data)
         while view:
             try:

@@ -124,6 +124,7 @@ class _AllChecks:
 
     def of(self, version: Version, n_chunks: int) -> Checks:
         with self._lock:
+            # Maps of one version share what is known of it; the least recently used versions are forgotten.
             found = self._known.get(version)
             if found is None or len(found.chunks) != n_chunks:
                 found = self._known[version] = Checks(n_chunks)
@@ -148,7 +149,9 @@ def version_of(stat: os.stat_result) -> Version:
 
 def version_at(path: Place) -> Version | None:
     """Return the version of a shard; None in an object store, which is asked anew for every read."""
-    return None if path.local is None else version_of(os.stat(path.local))
+    if path.local is None:
+        return None
+    return version_of(os.stat(path.local))
 
 
 def open_shard(path: Place, n_chunks: int) -> ShardFile:

@@ -86,7 +86,10 @@ def verify(
 
     def check(job: tuple[str, int, int, int | None]) -> tuple[int, Problem | None]:
         path, size, crc, block = job
-        n_chunks = 0 if block is None else grids.get(path.split("/")[0], 0)
+        if block is None:
+            n_chunks = 0
+        else:
+            n_chunks = grids.get(path.split("/")[0], 0)
         what = _check_file(run.path / path, path, size, crc, n_chunks, quick)
         if progress is not None:
             progress(size)
@@ -129,6 +132,7 @@ def repair(run: Run, report: Report) -> list[int]:
 def take_out(run: PlaceLike, ledger: Ledger, blocks: list[int]) -> None:
     """Uncommit blocks; `complete` says so first."""
     if blocks:
+        # `complete` first: a crash in between leaves a block that is committed and that its readers leave out.
         (place_of(run) / "complete" / "c").delete_all(map(str, blocks))
         ledger.remove(*blocks)
 
@@ -144,7 +148,9 @@ def foreign_members(run: Run) -> list[str]:
         kept = {name: listed[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    return sorted(set(listed) - names) if kept == own else []
+    if kept == own:
+        return sorted(set(listed) - names)
+    return []
 
 
 def _entries(run: Run, problems: list[Problem]) -> Iterator[Entry]:
@@ -170,11 +176,9 @@ def _check_file(
             if quick and n_chunks:
                 file.seek(size - 16 * n_chunks - CRC_BYTES)
                 decode_index(file.read(), n_chunks)
-            return (
-                None
-                if quick or _is_whole(file, name, crc, n_chunks)
-                else "does not match its checksum"
-            )
+            if quick or _is_whole(file, name, crc, n_chunks):
+                return None
+            return "does not match its checksum"
     except FileNotFoundError:
         return "is missing"
     except (OSError, ValueError) as error:

@@ -102,6 +102,7 @@ class BlockWriter:
         self._first = first
         self._last = last
         self._label = unique_name(label)
+        # A block counts only what it wrote itself; directories are those that got a new name and wait for a fsync.
         self._files, self._directories = {}, set()
         self.seconds = {"write": 0.0, "sync": 0.0, "wait": 0.0}
         self._waited = self._total_waited()
@@ -123,11 +124,12 @@ class BlockWriter:
         array = self._arrays[name]
         spec = self._arrays[name].spec
         per = spec.sequences_per_chunk
-        lead_dims = 0 if spec.axis is None else 1
+        lead_dims = spec.sequence_dim
         step = spec.chunk[lead_dims + 1]
         extent = spec.shape[lead_dims + 1]
         done = first
         while done < first + n:
+            # Chunks hold whole groups of `per` sequences; the block's last group may be a part of one.
             group = done // per * per
             stop = min(group + per, first + n)
             opened = self._slab(
@@ -140,6 +142,7 @@ class BlockWriter:
                 ]
                 yield Part(view, slice(done - first, stop - first), slice(start, start + rows))
             done = stop
+            # The group is whole: its slab goes to the disk, and the next group takes another.
             if stop == opened.last:
                 self._send(array)
 
@@ -171,7 +174,10 @@ class BlockWriter:
         """Commit what is open, wait for the disk, mark the sequences complete; return the files with their sums."""
         for array in self._arrays.values():
             self._commit(array, None)
+        # Every shard is fsynced and renamed once the lanes are empty. Only then may `complete` say so, and only
+        # then may the caller create the ledger's entry, which commits the block.
         self._lanes.join()
+        # `complete` is for readers without the ledger; its own name is made durable below.
         self._mark_complete()
         start = time.perf_counter()
         for directory in sorted(self._directories):
@@ -214,7 +220,8 @@ class BlockWriter:
 
     def _vector_chunks(self, spec: ArraySpec, lead: int, group: int, slab: Slab) -> _Open:
         per = spec.sequences_per_chunk
-        lead_dims = 0 if spec.axis is None else 1
+        lead_dims = spec.sequence_dim
+        # A chunk's place: which shard, then which chunk inside of it along every dimension of the grid.
         shard = (lead // spec.layers_per_shard, group // spec.sequences_per_shard)
         inside = ((lead % spec.layers_per_shard,) if lead_dims else ()) + (
             group % spec.sequences_per_shard // per,
@@ -222,6 +229,8 @@ class BlockWriter:
         indices = [(*inside, *rest) for rest in np.ndindex(*spec.grid[lead_dims + 1 :])]
         chunks = slab.chunks(spec.dtype, spec.chunk)
         last = min(group + per, self._last)
+        # Memory of a slab is reused: what the values will not cover (a short group, padding behind the array's
+        # end) must hold the fill value, not what lay there before.
         if last < group + per or spec.shard[lead_dims + 1] != spec.shape[lead_dims + 1]:
             chunks[:] = spec.fill
         return _Open(slab, chunks, indices, shard, last)
@@ -233,6 +242,7 @@ class BlockWriter:
         inside = (lead % spec.layers_per_shard, sequence % spec.sequences_per_shard)
         indices = [(*inside, g, row, j) for j in range(row + 1) for g in range(spec.grid[2])]
         chunks = slab.chunks(spec.dtype, spec.chunk)[: len(indices)]
+        # The last tiles reach beyond T; the others are written whole by the forward pass.
         if (row + 1) * spec.chunk[-1] > spec.shape[-1]:
             chunks[:] = spec.fill
         return _Open(slab, chunks, indices, shard, 0)
@@ -242,6 +252,8 @@ class BlockWriter:
         if opened is None:
             return
         writer = array.shards.get(opened.shard)
+        # A shard's file is made when its first chunk is there: under a temporary name, so that a crash leaves
+        # nothing that could be taken for a shard.
         if writer is None:
             spec = array.spec
             path = (
@@ -256,11 +268,15 @@ class BlockWriter:
         array.open = None
         pages = opened.slab.pages[: len(opened.indices)]
 
+        # The thread that owns the shard writes it while the forward pass fills the next slab; the slab comes back
+        # to the ring afterwards, whatever happened.
         def write() -> None:
             start = time.perf_counter()
             writer.put_pages(opened.indices, pages, opened.slab.chunk_bytes)
             self.seconds["write"] += time.perf_counter() - start
 
+        # One shard always goes to one thread, so its chunks keep their order and need no lock; arrays and shards
+        # are spread over the threads by their number.
         self._lanes.submit(
             array.place + sum(opened.shard), write, partial(array.ring.give, opened.slab)
         )
@@ -273,6 +289,7 @@ class BlockWriter:
 
     def _publish(self, writer: ShardWriter, path: str) -> None:
         start = time.perf_counter()
+        # `commit` fsyncs the bytes before the rename below gives them their final name.
         self._files[path] = FileSum(*writer.commit())
         self._rename(writer.path, path)
         self._live.discard(writer)
@@ -285,8 +302,11 @@ class BlockWriter:
         self._check_there()
         final = self.run / path
         make_directories(final.parent)
+        # An older attempt's file of this name is replaced whole. Its directory is fsynced in `finish`, once for all
+        # shards, not once a shard.
         os.replace(temporary, final)
         self._directories.add(final.parent)
+        # A folder that is new has its own name in its parent: that must be durable, too.
         for folder in final.relative_to(self.run).parents[:-1]:
             if folder not in self._named:
                 self._named.add(folder)
@@ -297,6 +317,7 @@ class BlockWriter:
         for directory in sorted(self._directories):
             sync_directory(directory)
         self._directories.clear()
+        # A chunk of `complete` is a block. The last block may be shorter; what lies beyond it stays False.
         data = np.zeros(self.block, bool)
         data[: self._last - self._first] = True
         check = crc32c(data.view(np.uint8))
@@ -313,7 +334,7 @@ class BlockWriter:
 
 def chunks_per_slab(spec: ArraySpec) -> int:
     """Chunks that one slab of an array holds: a whole row of tiles, or every chunk of one group of sequences."""
-    lead = 0 if spec.axis is None else 1
+    lead = spec.sequence_dim
     if spec.tiled:
         return spec.grid[2] * spec.grid[-1]
     return int(np.prod(spec.grid[lead + 1 :]))
