@@ -22,7 +22,9 @@ def main(arguments: list[str]) -> int:
         for name, (_, text) in BENCHMARKS.items():
             print(f"  {name:10} {text}")
         print(f"  {'page':10} docs/performance.md from the newest results")
-        return 0 if not arguments or arguments[0] in ("-h", "--help") else 2
+        if not arguments or arguments[0] in ("-h", "--help"):
+            return 0
+        return 2
     name = arguments[0]
     rest = arguments[1:]
     if "--base" not in rest:

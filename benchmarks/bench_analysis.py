@@ -202,8 +202,14 @@ def run(path: Path, threads: int, memory: int, cases: list[str], rounds: int = 1
     stored = open_run(path)
     n_bytes = sum(file.stat().st_size for file in files_of(stored))
     keys = {key for each in found.values() for key in each[0]}
-    sigma = exact_sigma(stored) if "sigma" in keys else np.ones(K)
-    consecutive = exact_consecutive(stored) if "consecutive" in keys else np.ones(1)
+    if "sigma" in keys:
+        sigma = exact_sigma(stored)
+    else:
+        sigma = np.ones(K)
+    if "consecutive" in keys:
+        consecutive = exact_consecutive(stored)
+    else:
+        consecutive = np.ones(1)
 
     def rates(name: str, what: str) -> list[float]:
         return [n_bytes * f.get("share", 1) * f.get("reads", 1) / f[what] for f in found[name]]
@@ -261,7 +267,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.case:
         print(json.dumps(measure_case(options.case, Path(options.run), options.threads, memory)))
         return 0
-    cases = [name.strip() for name in options.cases.split(";")] if options.cases else list(CASES)
+    if options.cases:
+        cases = [name.strip() for name in options.cases.split(";")]
+    else:
+        cases = list(CASES)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         if not options.run:
             make_run(Path(folder), int(options.gigabytes * 1e9))

@@ -174,7 +174,9 @@ def run(
     for name in cases:
         best = min(seconds[name])
         head = name in ("loss", "transformers, head")
-        against = "transformers, head" if head else "transformers"
+        against = "transformers"
+        if head:
+            against = "transformers, head"
         row = {
             "model": size,
             "compute": compute,
@@ -243,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     print("{:18}{:>10}{:>16}{:>9}{:>14}{:>10}{:>9}{:>11}".format(*head))
     for r in rows:
-        memory = f"{r['peak_MB']:>6} MB{r['projected_MB']:>8} MB" if r["peak_MB"] != "" else ""
+        memory = ""
+        if r["peak_MB"] != "":
+            memory = f"{r['peak_MB']:>6} MB{r['projected_MB']:>8} MB"
         speeds = f"{r['tokens_per_second']:>10}{r['x_transformers']:>16}{r['x_plain']:>9}{r['of_gemm_rate']:>14}"
         print(f"{r['case']:18}{speeds}{r['error']:>10}{memory}")
     if options.save:

@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.save:
             print(write_csv(f"faults_{name}", rows))
             write_page(name, rows, PAGE)
-    return 1 if failed else 0
+    if failed:
+        return 1
+    return 0
 
 
 BAD = (

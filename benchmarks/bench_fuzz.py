@@ -54,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="cases at once (default 2)")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results")
     options = parser.parse_args(arguments)
-    names = [options.only] if options.only else list(fuzz_cases.PARSERS)
+    if options.only:
+        names = [options.only]
+    else:
+        names = list(fuzz_cases.PARSERS)
     each = -(-options.n // len(names))
     cases = [(name, options.first + i) for name in names for i in range(each)]
     with tempfile.TemporaryDirectory(prefix="hw-fuzz-") as folder:
@@ -63,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(render(rows))
     if options.save:
         print(write_csv("fuzz", rows))
-    return 1 if any(outcome.kind in FAILURES for _, _, outcome in found) else 0
+    if any(outcome.kind in FAILURES for _, _, outcome in found):
+        return 1
+    return 0
 
 
 def fuzz(
@@ -103,7 +108,10 @@ def _judge(folder: Path, command: Callable[[], int] | list[str]) -> Outcome:
     _, status, used = os.wait4(child, 0)
     seconds = time.perf_counter() - start
     memory = used.ru_maxrss * 1024 - before
-    text = said.read_text("utf-8", "replace") if said.exists() else ""
+    if said.exists():
+        text = said.read_text("utf-8", "replace")
+    else:
+        text = ""
     code = os.waitstatus_to_exitcode(status)
     return Outcome(_kind(code, text, memory, folder), seconds, max(memory, 0), text)
 
@@ -121,7 +129,9 @@ def _kind(code: int, text: str, memory: int, folder: Path) -> str:
         return "fault"
     if "panicked at" in text or code not in (0, 1, 2):
         return "traceback"
-    return "refused" if code else "read"
+    if code:
+        return "refused"
+    return "read"
 
 
 def _run_child(command: Callable[[], int] | list[str], folder: Path, said: Path) -> None:
@@ -140,9 +150,15 @@ def _run_child(command: Callable[[], int] | list[str], folder: Path, said: Path)
         signal.alarm(4 * SECONDS)
         limit = memory_of(os.getpid(), "VmData") + MEMORY
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        code = command() if callable(command) else cli.main(command)
+        if callable(command):
+            code = command()
+        else:
+            code = cli.main(command)
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 2
+        if isinstance(stop.code, int):
+            code = stop.code
+        else:
+            code = 2
     except ValueError as error:
         print(error, file=sys.stderr)
         code = 2

@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.save:
             print(write_csv(f"serve_{part}", [found]))
         wrong += found["wrong"]
-    return 1 if wrong else 0
+    if wrong:
+        return 1
+    return 0
 
 
 def make_root(root: Path, n_sequences: int, n_positions: int = 64, **sizes: int) -> dict[str, Any]:
@@ -159,7 +161,9 @@ def _read(
         values = truth[site]
         lead = chance.randrange(values.shape[0])
         sequence = chance.randrange(values.shape[1])
-        axis = "depth" if site.startswith("resid") else "layer"
+        axis = "layer"
+        if site.startswith("resid"):
+            axis = "depth"
         begun = time.perf_counter()
         try:
             with client._open(
@@ -357,7 +361,9 @@ def _committed(run: Path) -> int:
 
 
 def _at(times: np.ndarray, share: float) -> float:
-    return round(float(np.quantile(times, share)), 4) if len(times) else float("nan")
+    if len(times):
+        return round(float(np.quantile(times, share)), 4)
+    return float("nan")
 
 
 PARTS = {

@@ -41,7 +41,10 @@ def run(rounds: int, folder: Path) -> list[dict[str, Any]]:
     outs = iter(range(sys.maxsize))
 
     def start(name: str, command: Sequence[str]) -> None:
-        out = ["--out", str(folder / f"run-{next(outs)}")] if name == "extract" else []
+        if name == "extract":
+            out = ["--out", str(folder / f"run-{next(outs)}")]
+        else:
+            out = []
         subprocess.run([*command, *out], check=True, capture_output=True)
 
     cases: dict[str, Callable[[], None]] = {

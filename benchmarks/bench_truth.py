@@ -46,13 +46,11 @@ class Line:
         allowed = ROOM * self.level
         error = (allowed * (1 - allowed) / self.n) ** 0.5
         rate = self.found / self.n
-        return (
-            "holds"
-            if rate <= allowed
-            else "holds within its error"
-            if rate <= allowed + 2 * error
-            else "fails"
-        )
+        if rate <= allowed:
+            return "holds"
+        if rate <= allowed + 2 * error:
+            return "holds within its error"
+        return "fails"
 
 
 def count(measure: str, case: str, n: int, draw: Draw, level: float | None = None) -> Line:
@@ -255,7 +253,10 @@ def table(lines: list[Line]) -> str:
     """Write the lines as a table of Markdown."""
     rows = ["| measure | simulated | draws | found | level | |", "|---|---|---|---|---|---|"]
     for line in lines:
-        level = "" if line.level is None else f"{line.level:g}"
+        if line.level is None:
+            level = ""
+        else:
+            level = f"{line.level:g}"
         rate = f"{line.found / line.n:.3f}"
         rows.append(
             f"| {line.measure} | {line.case} | {line.n} | {rate} | {level} | {line.verdict} |"

@@ -94,7 +94,9 @@ def main(arguments: list[str] | None = None) -> int:
             outcomes.append(outcome)
             print(f"{outcome.case:14} {outcome.said} ({outcome.seconds:.0f} s)", flush=True)
     print_versions(outcomes)
-    return 0 if outcomes and all(outcome.ok for outcome in outcomes) else 1
+    if outcomes and all(outcome.ok for outcome in outcomes):
+        return 0
+    return 1
 
 
 def try_versions(python: str, which: str, home: Path, options: argparse.Namespace) -> Outcome:
@@ -118,7 +120,10 @@ def try_versions(python: str, which: str, home: Path, options: argparse.Namespac
     )
     (home / "tests.txt").write_text(done.stdout + done.stderr, "utf-8")
     lines = [line for line in done.stdout.splitlines() if line.strip()] or [done.stderr[-200:]]
-    said = f"{lines[-1].strip('= ')}; see {home / 'tests.txt'}" if done.returncode else lines[-1]
+    if done.returncode:
+        said = f"{lines[-1].strip('= ')}; see {home / 'tests.txt'}"
+    else:
+        said = lines[-1]
     return Outcome(case, said, time.perf_counter() - start, versions, done.returncode == 0)
 
 

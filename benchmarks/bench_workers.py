@@ -159,7 +159,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("".join(f"{row[name]:>18}" for name in COLUMNS))
     print(f"{os.cpu_count()} cores; load before the start {load_before:.1f}")
     if options.save:
-        name = "workers" if options.blocks else "tiny-blocks"
+        name = "tiny-blocks"
+        if options.blocks:
+            name = "workers"
         print(write_csv(name, [{"load_before": round(load_before, 2)} | row for row in rows]))
     return 0
 

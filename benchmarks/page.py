@@ -87,7 +87,10 @@ def make_page(results: Path, names: Sequence[str]) -> dict[str, str]:
     tables = read(results, names)
     machines = _machines([row for rows in tables.values() for row in rows])
     sources = ", ".join(f"`{name}`" for name in names) or "no results yet"
-    machine = f"Measured on {machines}." if machines else ""
+    if machines:
+        machine = f"Measured on {machines}."
+    else:
+        machine = ""
     parts = [HEAD.format(sources=sources, machine=machine).replace(" \n", "\n")]
     files = dict[str, str]()
     peers = tables.pop("peers", [])
@@ -288,7 +291,9 @@ def goals(rows: Sequence[Row], extract: Sequence[Row], title: str = "Goals") -> 
         lines.append(
             _goal(workload, f"≥ {goal} × plain", of(mine, "headwater", "default", "x_plain"), goal)
         )
-        memory = "kept" if workload in LEADS else "default"
+        memory = "default"
+        if workload in LEADS:
+            memory = "kept"
         value, name = best_peer(mine, memory)
         rival = (
             f"≥ {LEADS.get(workload, 1.0)} × the best peer ({name or 'of all'}), memory {memory}"
@@ -301,7 +306,10 @@ def goals(rows: Sequence[Row], extract: Sequence[Row], title: str = "Goals") -> 
         for row in extract
         if (row["compute"], row["case"]) == ("fp32", "plain")
     ]
-    rate = of_rate[0] if of_rate else None
+    if of_rate:
+        rate = of_rate[0]
+    else:
+        rate = None
     lines.append(_goal("our forward, nothing captured", "≥ 0.8 of the fp32 GEMM rate", rate, 0.8))
     return "\n".join(lines)
 
@@ -341,7 +349,9 @@ def behind(rows: Sequence[Row]) -> str:
                         found.append(
                             f"{where}: {case} has {column} {theirs:g}, Headwater {ours:g}."
                         )
-    text = "\n".join(found) if found else "Nowhere in these tables."
+    text = "Nowhere in these tables."
+    if found:
+        text = "\n".join(found)
     return f"## Where Headwater is behind a peer\n\n{text}"
 
 

@@ -93,7 +93,9 @@ def simulate(costs: Costs, n_workers: int, n_blocks: int, seed: int = 0) -> dict
             )
             compute += took
             free_at[worker] = max(free_at[worker], now) + took
-            dies = random.random() < took / (costs.mtbf_hours * 3600) if costs.mtbf_hours else False
+            dies = False
+            if costs.mtbf_hours:
+                dies = random.random() < took / (costs.mtbf_hours * 3600)
             heapq.heappush(
                 events, (free_at[worker], next(order), "lost" if dies else "computed", worker)
             )

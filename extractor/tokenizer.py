@@ -89,7 +89,9 @@ class Tokenizer:
         """
         if self.end_of_text is not None:
             return self.end_of_text
-        return stated if stated is not None and self.declares(stated) else None
+        if stated is not None and self.declares(stated):
+            return stated
+        return None
 
     def beginning(self, stated: int | None, stated_end: int | None) -> int | None:
         """Return the tokenizer's own beginning-of-text token, else the stated one, as in `ending`, else the ending."""
@@ -161,11 +163,17 @@ class Tokenizer:
         return [self._token_string(int(i)) for i in ids]
 
     def _token_string(self, token: int) -> str:
-        entry = self._coder.id_to_token(token) if token >= 0 else ""
+        entry = ""
+        if token >= 0:
+            entry = self._coder.id_to_token(token)
         if not entry:
-            return f"<{token}>" if entry is None else ""
+            if entry is None:
+                return f"<{token}>"
+            return ""
         text = self.decode([token])
-        return entry if not text or "\ufffd" in text else text
+        if not text or "\ufffd" in text:
+            return entry
+        return text
 
     def text_strings(self, ids: Iterable[int]) -> list[str]:
         """Return one string for each token of a text, in order: the characters that begin in it, whole.
@@ -273,7 +281,9 @@ def load_tokenizer(source: PlaceLike, special_tokens: str = "ids") -> Tokenizer:
                 "one, or a hub id such as 'gpt2'. Check the path."
             )
         path = _download(source)
-    folder = path if path.is_dir() else path.parent
+    folder = path.parent
+    if path.is_dir():
+        folder = path
     settings = _settings(folder)
     file, raw = _read_form(path, folder, settings)
     raw |= {"truncation": None, "padding": None}
@@ -304,7 +314,9 @@ def load_tokenizer(source: PlaceLike, special_tokens: str = "ids") -> Tokenizer:
 def load_run_tokenizer(run: Run) -> Tokenizer | None:
     """Load the tokenizer that a run holds, checked against its manifest; None where it has none."""
     text = run.read_text("tokenizer.json")
-    return None if text is None else parse_tokenizer(text)
+    if text is None:
+        return None
+    return parse_tokenizer(text)
 
 
 def parse_tokenizer(text: str) -> Tokenizer:
@@ -383,7 +395,9 @@ def _groups(documents: Iterable[Document], long_chars: int) -> Iterator[list[Doc
 def _read_form(path: Path, folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds a tokenizer and its contents as a tokenizer.json."""
     if path.is_file() or (folder / "tokenizer.json").is_file():
-        file = folder / "tokenizer.json" if path.is_dir() else path
+        file = path
+        if path.is_dir():
+            file = folder / "tokenizer.json"
         return file, _prefixed(_read(file), settings)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         _check_class(folder / "vocab.json", settings, BYTE_LEVEL)
@@ -400,7 +414,9 @@ def _read_form(path: Path, folder: Path, settings: dict[str, Any]) -> tuple[Path
 def _class(settings: dict[str, Any]) -> str:
     """Return the class that tokenizer_config.json names, without its ending; "" where it names none."""
     name = settings.get("tokenizer_class")
-    return name.removesuffix("Fast").removesuffix("Tokenizer") if isinstance(name, str) else ""
+    if isinstance(name, str):
+        return name.removesuffix("Fast").removesuffix("Tokenizer")
+    return ""
 
 
 def _check_class(file: Path, settings: dict[str, Any], known: Sequence[str]) -> None:
@@ -455,7 +471,9 @@ def _declared(settings: dict[str, Any]) -> list[Any]:
 
 
 def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, dict):
+        return token.get("content")
+    return token
 
 
 def _add_declared(coder: Any, settings: dict[str, Any], folder: Path) -> bool:
@@ -511,7 +529,10 @@ GROWTH = {"ByteLevel": 2, "NFD": 2, "NFKD": 4, "NFKC": 4, "Metaspace": 2}
 
 def check_work(raw: dict[str, Any], file: Path) -> None:
     """Refuse a tokenizer whose ids or steps ask for memory or work without a bound."""
-    vocabulary = raw["model"].get("vocab") if isinstance(raw.get("model"), dict) else None
+    if isinstance(raw.get("model"), dict):
+        vocabulary = raw["model"].get("vocab")
+    else:
+        vocabulary = None
     if isinstance(vocabulary, dict):
         _check_ids(vocabulary, file)
     growth = 1
@@ -608,7 +629,9 @@ def _download(name: str) -> Path:
 
 
 def _read_beside(path: Path) -> dict[str, Any]:
-    return _read(path) if path.is_file() else {}
+    if path.is_file():
+        return _read(path)
+    return {}
 
 
 def _read(path: Path) -> dict[str, Any]:

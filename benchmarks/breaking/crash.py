@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = try_all(config, options.stride, options.jobs)
         seconds = time.perf_counter() - start
     print(", ".join(f"{n} {what}" for what, n in sorted(found.items())) + f", {seconds:.0f} s")
-    return 1 if found["wrong"] else 0
+    if found["wrong"]:
+        return 1
+    return 0
 
 
 def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
@@ -85,13 +87,18 @@ def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
         n, way = point
         again = replace(config, out=str(reference.with_name(f"run-{n}-{way}")))
         code = faults.in_child(lambda: _break(again, expected, n, way))
-        deep = reference if n // stride % 8 == 0 else None
+        if n // stride % 8 == 0:
+            deep = reference
+        else:
+            deep = None
         after = faults.in_child(lambda: _check(again, expected, deep))
         shutil.rmtree(again.out, ignore_errors=True)
         if code not in (0, faults.ENDED) or after:
             print(f"operation {n} ({names[n]}), {way}: exit codes {code}, {after}", file=sys.stderr)
             return "wrong"
-        return f"{way} and resumed" if code else f"{way} did no harm"
+        if code:
+            return f"{way} and resumed"
+        return f"{way} did no harm"
 
     return Counter(faults.spread(points, trial, jobs)) | Counter({"operations": len(names)})
 
@@ -103,7 +110,9 @@ def _break(config: RunConfig, expected: dict[str, bytes], n: int, way: str) -> N
             extract(config)
         return
     handles = len(os.listdir("/proc/self/fd"))
-    number = errno.EIO if way == "failed" else errno.ENOSPC
+    number = errno.ENOSPC
+    if way == "failed":
+        number = errno.EIO
     try:
         with faults.hooked(faults.fail_at(n, number, way == "failed")):
             extract(config)

@@ -98,7 +98,9 @@ def damage(run: Path, rng: np.random.Generator) -> str:
     if what == "delete":
         path.unlink()
     elif what == "swap":
-        others = kinds[kind] if len(kinds[kind]) > 1 and rng.random() < 0.7 else files
+        others = files
+        if len(kinds[kind]) > 1 and rng.random() < 0.7:
+            others = kinds[kind]
         other = others[rng.integers(len(others))]
         exchanged = run.with_name("exchanged")
         other.rename(exchanged)
@@ -126,8 +128,12 @@ def kind_of(path: Path, run: Path) -> str:
     if "/c/" not in name:
         return name
     if first in faults.SITES:
-        return "shard, zstd" if first == "pattern" else "shard, raw"
-    return "complete" if first == "complete" else "text and coordinates"
+        if first == "pattern":
+            return "shard, zstd"
+        return "shard, raw"
+    if first == "complete":
+        return "complete"
+    return "text and coordinates"
 
 
 def read_values(run: Run) -> Digests:
@@ -204,7 +210,9 @@ def _outcome(reader: Callable[[Run], Digests], run: Run | Path, expected: Digest
         if os.environ.get("HEADWATER_SHOW"):
             raise
         return f"unclear ({type(error).__name__})"
-    return "same" if got == expected else "wrong"
+    if got == expected:
+        return "same"
+    return "wrong"
 
 
 def _digests(values: dict[str, Any]) -> Digests:

@@ -359,7 +359,9 @@ def edits(folder: Path, random: Random) -> Command:
     if random.random() < 0.4:
         _spoil(folder / "values.npy", random)
     command = _of_text("text.jsonl", f"--edit={edit}".replace("\0", ""))
-    return ["plan", *command[1:]] if random.random() < 0.3 else command
+    if random.random() < 0.3:
+        return ["plan", *command[1:]]
+    return command
 
 
 def command_line(folder: Path, random: Random) -> Command:
@@ -547,7 +549,10 @@ def job(folder: Path, random: Random) -> Command:
 
 def _sign(path: Path, document: Any) -> None:
     """Write a document with the checksum that Headwater would give it."""
-    body = document if isinstance(document, dict) else {"x": document}
+    if isinstance(document, dict):
+        body = document
+    else:
+        body = {"x": document}
     try:
         path.write_bytes(to_json(body | {"crc32c": json_sum(body)}))
     except (ValueError, UnicodeError):  # what JSON cannot hold has no checksum either

@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         + ", ".join(f"{n} × {blocks}" for blocks, n in sorted(moments.items()))
     )
     print(f"{time.perf_counter() - start:.0f} s")
-    return 0 if found["wrong"] == 0 else 1
+    if found["wrong"] == 0:
+        return 0
+    return 1
 
 
 def kill_and_resume(
@@ -142,11 +144,9 @@ def finish(model: Path, text: Path, run: Path, expected: dict[str, bytes]) -> bo
 
 def n_committed(run: Path) -> int:
     """Count the committed blocks."""
-    return (
-        len(Ledger(run, read_manifest(run).fingerprint).committed())
-        if manifest_path(run).exists()
-        else 0
-    )
+    if manifest_path(run).exists():
+        return len(Ledger(run, read_manifest(run).fingerprint).committed())
+    return 0
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def mutate_words(words: Sequence[str], random: Random) -> list[str]:
     """Return a command line with words removed, doubled, exchanged or replaced; no NUL, which no shell can pass."""
     spoiled = list(words)
     for _ in range(random.choice((1, 1, 2))):
-        at = random.randrange(len(spoiled)) if spoiled else 0
+        at = 0
+        if spoiled:
+            at = random.randrange(len(spoiled))
         way = random.randrange(5)
         if way == 0:
             del spoiled[at : at + 1]
@@ -173,7 +175,9 @@ def _holders(node: Json) -> list[Json]:
 
 
 def _keys(holder: Json) -> list[Any]:
-    return list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+    if isinstance(holder, dict):
+        return list(holder)
+    return list(range(len(holder)))
 
 
 def _number_near(value: Json, random: Random) -> Json:

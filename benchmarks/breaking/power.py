@@ -62,7 +62,10 @@ class Node:
             path.write_bytes(could_be[kept] if self.data != self.safe_data else self.safe_data)
             return
         path.mkdir(exist_ok=True)
-        names = self.safe_names if mode == MODES[0] else dict(self.names)
+        if mode == MODES[0]:
+            names = self.safe_names
+        else:
+            names = dict(self.names)
         if mode == MODES[2]:
             for name in sorted(self.names.keys() | self.safe_names.keys()):
                 node = (self.names if random.integers(2) else self.safe_names).get(name)
@@ -112,7 +115,9 @@ class Disk:
     def _wrote(self, handle: int, data: bytes, offset: int | None) -> None:
         if handle in self._open:
             node, at = self._open[handle]
-            start = at[0] if offset is None else offset
+            start = at[0]
+            if offset is not None:
+                start = offset
             node.data.extend(bytes(max(start - len(node.data), 0)))
             node.data[start : start + len(data)] = data
             at[0] += len(data) if offset is None else 0
@@ -158,19 +163,22 @@ def recorder(top: Path, events: list[Event]) -> faults.Hook:
     """Return a hook that appends what succeeds below `top` to `events`."""
 
     def place(path: Any, folder: int | None = None) -> str | None:
-        base = os.readlink(f"/proc/self/fd/{folder}") if folder is not None else os.getcwd()
+        if folder is not None:
+            base = os.readlink(f"/proc/self/fd/{folder}")
+        else:
+            base = os.getcwd()
         whole = os.path.abspath(os.path.join(base, os.fspath(path)))
-        return (
-            os.path.relpath(whole, top)
-            if whole == str(top) or whole.startswith(f"{top}/")
-            else None
-        )
+        if whole == str(top) or whole.startswith(f"{top}/"):
+            return os.path.relpath(whole, top)
+        return None
 
     def hook(
         name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         folder = kwargs.get("dir_fd")
-        paths = [place(args[0], folder)] if name in ("open", "mkdir", "unlink", "rmdir") else []
+        paths = []
+        if name in ("open", "mkdir", "unlink", "rmdir"):
+            paths = [place(args[0], folder)]
         if name in ("replace", "rename", "link"):
             paths = [place(args[0]), place(args[1])]
         result = function(*args, **kwargs)
@@ -266,7 +274,9 @@ def try_all(config: RunConfig, stride: int, jobs: int) -> Counter[str]:
             print(
                 f"trace {i}, power lost after event {n}, {mode}: exit code {code}", file=sys.stderr
             )
-        return "wrong" if code else "lost and resumed"
+        if code:
+            return "wrong"
+        return "lost and resumed"
 
     events = Counter({"events": sum(len(events) for events, _ in traces)})
     return Counter(faults.spread(points, trial, jobs)) | events
@@ -277,14 +287,10 @@ def _checked(config: RunConfig, expected: dict[str, bytes], committed: set[int])
     run = Path(config.out)
     faults.check_survivors(run, expected)
     if committed:
-        found = (
-            Ledger(run, read_manifest(run).fingerprint).committed().keys()
-            if manifest_path(run).exists()
-            else ()
-        )
-        assert committed <= set(found), (
-            f"of the reported blocks {committed} the ledger has {set(found)}"
-        )
+        found: set[int] = set()
+        if manifest_path(run).exists():
+            found = set(Ledger(run, read_manifest(run).fingerprint).committed())
+        assert committed <= found, f"of the reported blocks {committed} the ledger has {found}"
     extract(config)
     faults.check_survivors(run, expected)
     assert faults.contents(run).keys() == expected.keys()

@@ -82,7 +82,10 @@ class Case:
 def building_for(arch: str) -> Iterator[None]:
     """Let the launchers believe that torch was built for AMD while they prepare a launch for gfx942."""
     before = torch.version.hip
-    torch.version.hip = "6" if arch.startswith("gfx") else None
+    if arch.startswith("gfx"):
+        torch.version.hip = "6"
+    else:
+        torch.version.hip = None
     try:
         yield
     finally:
@@ -104,9 +107,14 @@ def _plan(case: Case, n_positions: int) -> Launch:
     q, k, v = torch.empty(
         2, n_positions, 3, 12, case.d_head, dtype=case.dtype, device="meta"
     ).unbind(2)
-    start = torch.empty(2, n_positions, dtype=torch.int32, device="meta") if case.masked else None
+    if case.masked:
+        start = torch.empty(2, n_positions, dtype=torch.int32, device="meta")
+    else:
+        start = None
     if case.kernel == "pattern":
-        kept = torch.float32 if case.dtype == torch.float32 else torch.float16
+        kept = torch.float16
+        if case.dtype == torch.float32:
+            kept = torch.float32
         return plan_pattern(
             q,
             k,
@@ -153,7 +161,9 @@ def table_cases() -> Iterator[Case]:
     """Yield every configuration that the launcher can choose, the pointer path of descriptor devices included."""
     for arch in ARCHES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            bits = 32 if dtype == torch.float32 else 16
+            bits = 16
+            if dtype == torch.float32:
+                bits = 32
             for kernel in KERNELS:
                 for size in HEAD_SIZES:
                     config = lookup(kernel, arch, size, bits)
@@ -230,7 +240,9 @@ def choose_row(kernel: str, arch: str, size: int, bits: int) -> str:
     """Return the first candidate that doesn't spill and fits a multiprocessor twice (once for wide heads), else the one
     that spills least.
     """
-    dtype = torch.float32 if bits == 32 else torch.float16
+    dtype = torch.float16
+    if bits == 32:
+        dtype = torch.float32
     best: tuple[tuple[int, int], str] | None = None
     candidates = (
         COLUMN_CANDIDATES if kernel == "column" else FULL_CANDIDATES if bits == 32 else CANDIDATES

@@ -209,7 +209,9 @@ def bytes_of(case: str, i: Inputs) -> int:
     item = i.q.element_size()
     plain = rows * (4 * d_head * item + 4)
     tiles = -(-n_positions // i.edge)
-    kept = 4 if i.q.dtype == torch.float32 else 2
+    kept = 2
+    if i.q.dtype == torch.float32:
+        kept = 4
     square = {
         "pattern": tiles * (tiles + 1) // 2 * i.edge**2,
         "pattern, square": n_positions**2,
@@ -225,7 +227,9 @@ def bytes_of(case: str, i: Inputs) -> int:
 
 def time_cases(cases: dict[str, Callable[[], Any]], device: str, rounds: int) -> dict[str, float]:
     """Return the median seconds of each case; cases take turns, so that a clock that changes changes all."""
-    once = _time_on_gpu if device.startswith("cuda") else _time_on_cpu
+    once = _time_on_cpu
+    if device.startswith("cuda"):
+        once = _time_on_gpu
     for case in cases.values():
         case()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -383,7 +387,10 @@ def main(arguments: list[str] | None = None) -> int:
             write_page,
         )
 
-        lines = make_table(options.out, list(every_row())) if options.out else make_table()
+        if options.out:
+            lines = make_table(options.out, list(every_row()))
+        else:
+            lines = make_table()
         if not options.out:
             write_page(lines)
         broken = faults(lines)

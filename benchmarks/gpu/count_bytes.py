@@ -116,8 +116,12 @@ def make_launch(
     q, k, v = fused.unbind(2)
     start = torch.zeros(1, n_positions, dtype=torch.int32)
     if kernel == "pattern":
-        kept = torch.float32 if dtype == torch.float32 else torch.float16
-        edge = -1 if square else EDGE
+        kept = torch.float16
+        if dtype == torch.float32:
+            kept = torch.float32
+        edge = EDGE
+        if square:
+            edge = -1
         return plan_pattern(
             q, k, v, scale=0.125, row_start=start, edge=edge, pattern_dtype=kept, config=config
         )

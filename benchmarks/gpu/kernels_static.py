@@ -177,13 +177,20 @@ def model_time(row: Row, config: Any, tile: dict[str, int], n_bytes: float) -> d
     device = DEVICES[row.arch]
     limits = {"bytes": n_bytes / device.bytes_per_second}
     if row.kernel in PRODUCTS:
-        rows = config.block_n if row.kernel == "column" else config.block_m
-        columns = config.block_m if row.kernel == "column" else config.block_n
+        rows = config.block_m
+        if row.kernel == "column":
+            rows = config.block_n
+        columns = config.block_n
+        if row.kernel == "column":
+            columns = config.block_m
         per_plane = sum(-(-(first + rows) // columns) for first in range(0, N_POSITIONS, rows))
         tiles = per_plane * N_SEQUENCES * N_HEAD
         products, extra = PRODUCTS[row.kernel]
         flops = 2 * config.block_m * config.block_n * (products * row.d_head + extra) * tiles
-        rate = device.flops_16 if row.dtype != "float32" else device.flops_tf32 / 3
+        if row.dtype != "float32":
+            rate = device.flops_16
+        else:
+            rate = device.flops_tf32 / 3
         limits["tensor"] = flops / rate
         second = config.warps / 4 * tiles / (device.n_multiprocessors * device.gigahertz * 1e9)
         limits |= {
@@ -205,16 +212,17 @@ def model_time(row: Row, config: Any, tile: dict[str, int], n_bytes: float) -> d
 
 def _density(tile: dict[str, int], config: Any) -> float | str:
     """Return a warp's instructions times warps for 1024 scores, so that tiles of any size compare."""
-    return (
-        round(sum(tile.values()) * config.warps * 1024 / (config.block_m * config.block_n), 1)
-        if tile
-        else ""
-    )
+    if tile:
+        return round(
+            sum(tile.values()) * config.warps * 1024 / (config.block_m * config.block_n), 1
+        )
+    return ""
 
 
 def make_table(out: Path = RESULTS, rows: list[Row] | None = None) -> list[dict[str, Any]]:
     """Look at every row, write the CSV as it grows, and return the lines."""
-    rows = list(static_rows()) if rows is None else rows
+    if rows is None:
+        rows = list(static_rows())
     lines = []
     for row, moved in zip(rows, count_all(rows), strict=True):
         lines.append(look_at(row, moved))

@@ -230,7 +230,9 @@ def error_of(kernel: str, launch: Launch) -> float:
 
 def tensor_of(x: Any) -> torch.Tensor:
     """Return the tensor of an argument, which may be a descriptor."""
-    return x if isinstance(x, torch.Tensor) else x.base
+    if isinstance(x, torch.Tensor):
+        return x
+    return x.base
 
 
 def make_launch(
@@ -243,7 +245,9 @@ def make_launch(
 
     q, k, v = torch.randn(8, n_positions, 3, 12, size, device=device).to(dtype).unbind(2)
     if kernel == "pattern":
-        kept = torch.float32 if dtype == torch.float32 else torch.float16
+        kept = torch.float16
+        if dtype == torch.float32:
+            kept = torch.float32
         return plan_pattern(
             q, k, v, scale=size**-0.5, row_start=None, edge=256, pattern_dtype=kept, config=config
         )

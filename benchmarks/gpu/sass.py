@@ -32,7 +32,9 @@ def pipe_of(name: str) -> str:
     for pipe, names in _PIPE_OF:
         if names.fullmatch(name):
             return pipe
-    return "uniform" if name.startswith("U") else "alu"
+    if name.startswith("U"):
+        return "uniform"
+    return "alu"
 
 
 def product_loops(text: str) -> list[Counter[str]]:
@@ -44,7 +46,10 @@ def product_loops(text: str) -> list[Counter[str]]:
     tensor = [at for at, name, _ in lines if pipe_of(name) == "tensor"]
     spans = []
     for at, name, rest in lines:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
+        if name == "BRA":
+            target = re.search(r"0x([0-9a-f]+)", rest)
+        else:
+            target = None
         if target and any(int(target[1], 16) <= t < at for t in tensor):
             spans.append((int(target[1], 16), at))
     inner: list[tuple[int, int]] = []
@@ -64,7 +69,9 @@ def tile_instructions(kernel: str, text: str) -> Counter[str] | None:
     """
     loops = product_loops(text)
     if kernel == "pattern":
-        return loops[0] + loops[len(loops) // 2] if len(loops) in (2, 4) else None
+        if len(loops) in (2, 4):
+            return loops[0] + loops[len(loops) // 2]
+        return None
     if len(loops) not in (1, 2):
         return None
     return loops[-1 if kernel == "column" else 0]

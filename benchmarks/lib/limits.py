@@ -45,7 +45,9 @@ def _transfers(file: Path, megabytes: int) -> dict[str, Callable[[], float]]:
     buffer = mmap.mmap(-1, PIECE)
     buffer.write(np.random.default_rng(0).bytes(PIECE))
     n = max(megabytes * (1 << 20) // PIECE, 1)
-    direct = os.O_DIRECT if sys.platform == "linux" else 0
+    direct = 0
+    if sys.platform == "linux":
+        direct = os.O_DIRECT
 
     def timed(flags: int, call: Callable[[int], object], sync: bool = False) -> Callable[[], float]:
         def take() -> float:

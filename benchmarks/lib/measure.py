@@ -58,7 +58,9 @@ def gemm_rate(
     end = time.perf_counter() + limit
     seconds = list[float]()
 
-    times = 1 if device == "cpu" else 20
+    times = 20
+    if device == "cpu":
+        times = 1
 
     def multiply() -> None:
         for _ in range(times):
@@ -98,7 +100,10 @@ def machine(device: str = "cpu") -> dict[str, str]:
             name = next(
                 (line.split(":")[1].strip() for line in file if line.startswith("model name")), name
             )
-    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
+    if device == "cpu":
+        gpu = {}
+    else:
+        gpu = {"gpu": torch.cuda.get_device_name(device)}
     return {
         "date": date.today().isoformat(),
         "processor": f"{name} ({torch.backends.cpu.get_cpu_capability()})",

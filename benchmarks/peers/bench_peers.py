@@ -65,7 +65,9 @@ class Case:
         self.row |= self.process.ask(
             "begin", workload=function, tokens=str(tokens), out=str(self.out), batch=batch
         )
-        return self.step(timed=False) if warm else 0.0
+        if warm:
+            return self.step(timed=False)
+        return 0.0
 
     def step(self, timed: bool = True) -> float:
         """Capture every sequence once; return the seconds."""
@@ -227,7 +229,9 @@ def iter_tables(
     """Measure one workload after another, then the machine; yield ("peers", rows) for each, then ("limits", rows)."""
     inputs = {name: prepare(work, size, rounds[0] + 2, cache) for name, work in workloads.items()}
     functions = sorted({"plain", *(work.function for work in workloads.values())})
-    memory = "kept" if keep else "default"
+    memory = "default"
+    if keep:
+        memory = "kept"
     with ExitStack() as stack:
         model = next(iter(inputs.values())).model
         processes, missing = start_all(

@@ -51,7 +51,10 @@ class PeerMissing(RuntimeError):
 def cache_folder(given: str | None) -> Path:
     """Return the folder that keeps environments, models and references between benchmarks."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(given) if given else Path(base) / "headwater-benchmarks"
+    if given:
+        folder = Path(given)
+    else:
+        folder = Path(base) / "headwater-benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()
 
@@ -86,11 +89,10 @@ def python_of(peer: Peer, cache: Path, install: bool = True) -> str:
 
 def version_of(peer: Peer, python: str) -> str:
     """Return the version of a peer's package."""
-    package = (
-        peer.packages[0].split(">")[0]
-        if peer.packages
-        else peer.name.replace("plain", "transformers")
-    )
+    if peer.packages:
+        package = peer.packages[0].split(">")[0]
+    else:
+        package = peer.name.replace("plain", "transformers")
     code = f"from importlib.metadata import version; print(version({package!r}))"
     return subprocess.run(
         [python, "-c", code], check=True, capture_output=True, text=True

@@ -129,7 +129,9 @@ def _inspect(
             for a, b in zip(again, expected, strict=True)
             if a is not None and b is not None
         )
-        rerun = "right" if same else "wrong"
+        rerun = "wrong"
+        if same:
+            rerun = "right"
         kept = sum(
             size
             for path, (changed, size) in before.items()

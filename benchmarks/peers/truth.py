@@ -70,7 +70,9 @@ class Truth:
         error = np.abs(got.astype(np.float64) - right)
         over = error - (ABSOLUTE + RELATIVE * np.abs(right))
         if not (over <= 0).all():
-            worst = int(np.nanargmax(over)) if np.isfinite(over).any() else 0
+            worst = 0
+            if np.isfinite(over).any():
+                worst = int(np.nanargmax(over))
             return f"{place}: {got.flat[worst]} where {right.flat[worst]} is right"
         return None
 

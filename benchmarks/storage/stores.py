@@ -42,11 +42,9 @@ class Store(ABC):
 
     def files(self) -> list[Path]:
         """Return the files on disk."""
-        return (
-            [self.path]
-            if self.path.is_file()
-            else [path for path in self.path.rglob("*") if path.is_file()]
-        )
+        if self.path.is_file():
+            return [self.path]
+        return [path for path in self.path.rglob("*") if path.is_file()]
 
     def sync(self) -> None:
         """Make the files durable."""
@@ -152,7 +150,10 @@ class TensorStore(Store):
     def _store(self, **how: Any) -> Any:
         import tensorstore as ts
 
-        metadata = {"metadata": how.pop("metadata")} if "metadata" in how else {}
+        if "metadata" in how:
+            metadata = {"metadata": how.pop("metadata")}
+        else:
+            metadata = {}
         return ts.open(
             {"driver": "zarr3", "kvstore": f"file://{self.path}", **metadata}, **how
         ).result()
@@ -207,7 +208,9 @@ class Safetensors(Store):
         first, *rest = key if isinstance(key, tuple) else (key,)
         if isinstance(first, slice):
             parts = [opened[i][:] for i in range(first.start // BLOCK, -(-first.stop // BLOCK))]
-            return np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0])
+            if len(parts) > 1:
+                return np.concatenate(parts)
+            return np.asarray(parts[0])
         return np.asarray(opened[first // BLOCK][(first % BLOCK, *rest)])
 
 

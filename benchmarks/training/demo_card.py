@@ -188,7 +188,10 @@ def write_card(folder: Path, facts: dict[str, Any]) -> None:
 def processor_name() -> str:
     """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    if info.is_file():
+        lines = info.read_text().splitlines()
+    else:
+        lines = []
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
         platform.machine(),

@@ -137,7 +137,9 @@ def train(
     end = tokenizer.get_vocab()[END_OF_TEXT]
     model = make_model(end, args.seed)
     optimizer = make_optimizer(model, args.weight_decay)
-    compiled = torch.compile(model) if args.compile else model
+    compiled = model
+    if args.compile:
+        compiled = torch.compile(model)
     step = 0
     before = 0.0
     rows: list[dict[str, Any]] = []

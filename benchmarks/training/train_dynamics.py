@@ -175,7 +175,9 @@ def train(
             )
         if step == n_steps:
             return
-        rate = sizes.lr * min(1.0, (step + 1) / warmup) if warmup else sizes.lr
+        rate = sizes.lr
+        if warmup:
+            rate = sizes.lr * min(1.0, (step + 1) / warmup)
         loss = losses(model, task.rows(sizes.batch)).mean()
         model.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -233,7 +233,10 @@ def refuse_url(flag: str, argument: str) -> None:
     """Raise TextError for an address, and say how to fetch what it names."""
     if (url := URL.match(argument)) and not Path(argument).exists():
         advice = FETCH.get(url[1].lower(), "Fetch it first, for example with `curl -LO`")
-        pipe = ", or pipe it into `--text -`" if flag == "--text" and url[1] != "file" else ""
+        if flag == "--text" and url[1] != "file":
+            pipe = ", or pipe it into `--text -`"
+        else:
+            pipe = ""
         raise TextError(
             f"{flag} {argument!r} is an address, and Headwater reads text and ids from this machine only, so that "
             f"it can compare them when a run goes on. {advice}{pipe}."
@@ -290,7 +293,9 @@ def _saved_to_disk(directory: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     found = [directory / name for name in names]
-    return found if all(path.is_file() for path in found) else []
+    if all(path.is_file() for path in found):
+        return found
+    return []
 
 
 class _Reader:
@@ -309,7 +314,10 @@ class _Reader:
             )
         once = read_once(path)
         if once and kind not in ("text", "jsonl"):
-            what = "standard input" if path == STDIN else f"the stream {path}"
+            if path == STDIN:
+                what = "standard input"
+            else:
+                what = f"the stream {path}"
             raise TextError(
                 f"{what} cannot be read as {kind}; expected text or jsonl. Write it to a file first."
             )
@@ -319,7 +327,10 @@ class _Reader:
         if kind == "csv":
             yield from self._csv(path)
             return
-        stream = Stream(path) if once else None
+        if once:
+            stream = Stream(path)
+        else:
+            stream = None
         if stream is not None:
             self._tally.streams.append(stream)
         with open_unpacked(path, self._limit, stream) as file:
@@ -334,7 +345,9 @@ class _Reader:
         parts = _decoded(file, path)
         text = next(parts, "").removeprefix("\ufeff")
         second = next(parts, None)
-        more = () if second is None else chain([second], parts)
+        more: Iterable[str] = ()
+        if second is not None:
+            more = chain([second], parts)
         yield Row(0, text, (), more)
         for _ in more:  # what was not asked for is read all the same: it may not be UTF-8
             pass
@@ -351,10 +364,13 @@ class _Reader:
                     "read the file as plain text."
                 )
             text = _decode(line, path, offset)
-            text = text.removeprefix("\ufeff") if row == 0 else text
+            if row == 0:
+                text = text.removeprefix("\ufeff")
             offset += len(line)
             if text.strip():
-                required = () if seen else self._labels
+                required = self._labels
+                if seen:
+                    required = ()
                 found, labels = _json_row(text, where, self._column, required, self._labels)
                 yield Row(row, found, labels)
                 seen = True
@@ -394,13 +410,19 @@ class _Reader:
 
     def _batches(self, path: Path, batches: Iterable[Any], schema: Any) -> Iterator[Row]:
         names = [self._column, *self._labels]
-        mask = MASK if _is_ids(schema, self._column) and MASK in schema.names else None
+        if _is_ids(schema, self._column) and MASK in schema.names:
+            mask = MASK
+        else:
+            mask = None
         row = 0
         for batch in batches:
             for start in range(0, batch.num_rows, ROWS_PER_BATCH):
                 part = batch.slice(start, ROWS_PER_BATCH)
                 columns = [_values(part.column(name)) for name in names]
-                masks = _values(part.column(mask)) if mask else [None] * part.num_rows
+                if mask:
+                    masks = _values(part.column(mask))
+                else:
+                    masks = [None] * part.num_rows
                 for text, kept, *labels in zip(columns[0], masks, *columns[1:], strict=True):
                     yield Row(row, _text_or_ids(text, kept, f"{path}, row {row}"), labels)
                     row += 1
@@ -409,7 +431,10 @@ class _Reader:
         """Refuse columns that are not there or cannot be used; return those to read."""
         for name in (self._column, *self._labels):
             if (count := schema.names.count(name)) != 1:
-                there = f"no column {name!r}" if not count else f"{count} columns {name!r}"
+                if not count:
+                    there = f"no column {name!r}"
+                else:
+                    there = f"{count} columns {name!r}"
                 raise TextError(
                     f"{path} has {there}; there are {_list(schema.names)}. Name another column."
                 )
@@ -428,7 +453,9 @@ MASK = "attention_mask"
 
 def _plain_type(schema: Any, name: str) -> Any:
     kind = schema.field(name).type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_dictionary(kind):
+        return kind.value_type
+    return kind
 
 
 def _is_string(kind: Any) -> bool:
@@ -492,7 +519,10 @@ def _text_or_ids(value: Any, mask: Any, where: str) -> str | np.ndarray | None:
     if all(type(item) is int for item in value):
         try:
             ids = np.array(value, np.int64)
-            kept = np.ones(len(ids), bool) if mask is None else np.array(mask, np.int64) != 0
+            if mask is None:
+                kept = np.ones(len(ids), bool)
+            else:
+                kept = np.array(mask, np.int64) != 0
         except (OverflowError, ValueError, TypeError) as error:
             raise TextError(f"{where} holds ids that cannot be read ({error}).") from error
         if kept.shape != ids.shape:
@@ -514,7 +544,9 @@ def _turn(item: Any, where: str) -> str:
                 parts = [part.get("text") for part in said if isinstance(part, Mapping)]
                 said = "".join(part for part in parts if isinstance(part, str))
             who = item.get(role)
-            return f"{who}: {said}" if isinstance(who, str) and who else said
+            if isinstance(who, str) and who:
+                return f"{who}: {said}"
+            return str(said)
     raise TextError(
         f"{where} holds a list with {json.dumps(item, default=str)[:60]}; expected token ids, or turns with role and "
         "content. Name another column, or write the text into one."
@@ -531,7 +563,9 @@ def _json_row(
             f"{where} is not valid JSON ({error}); expected one object or string a line. Correct the line, "
             "read the file as plain text, or write a JSON array as lines with `jq -c '.[]'`."
         ) from error
-    entry = {column: value} if isinstance(value, str) else value
+    entry = value
+    if isinstance(value, str):
+        entry = {column: value}
     if not isinstance(entry, dict):
         raise TextError(
             f"{where} holds a JSON {type(value).__name__}; expected an object with {column!r}, or a "
@@ -617,8 +651,12 @@ def _first_bytes(path: Path) -> bytes:
 def _convert(start: bytes) -> str:
     """Say how to make UTF-8 of a file that begins with these bytes."""
     marked = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding = "UTF-16" if marked else "WINDOWS-1252"
-    sure = "It is UTF-16: convert" if marked else "Convert"
+    encoding = "WINDOWS-1252"
+    if marked:
+        encoding = "UTF-16"
+    sure = "Convert"
+    if marked:
+        sure = "It is UTF-16: convert"
     return f"{sure} it, for example with `iconv -f {encoding} -t UTF-8`."
 
 

@@ -126,7 +126,10 @@ def trace(
         end := n_tokens[document].as_py() + packing.document_tail
     ):
         offset -= end + packing.document_lead
-        document = document + 1 if packing.mode == "pack" else len(n_tokens)
+        if packing.mode == "pack":
+            document = document + 1
+        else:
+            document = len(n_tokens)
     if document >= len(n_tokens) or position < 0:
         raise ValueError(
             f"position {position} of a row that starts at token {start} of its document lies outside the "
@@ -203,7 +206,10 @@ def iter_token_rows(
         return _windows_of_rows(
             ids, d_vocab, max_sequences or sys.maxsize, seq_len, stride or seq_len
         )
-    n_rows = len(ids) if max_sequences is None else min(len(ids), max_sequences)
+    if max_sequences is None:
+        n_rows = len(ids)
+    else:
+        n_rows = min(len(ids), max_sequences)
     return (
         _token_batch(
             np.asarray(ids[first : first + ROWS_PER_BATCH][: n_rows - first]),

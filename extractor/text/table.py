@@ -107,7 +107,9 @@ class DocumentWriter(DocumentCount):
             self._loose.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        columns = zip(*self._rows, strict=True) if self._rows else [()] * len(self._schema)
+        columns: list[tuple[Any, ...]] = [()] * len(self._schema)
+        if self._rows:
+            columns = list(zip(*self._rows, strict=True))
         self._writer.write_table(
             pa.table(list(map(pa.array, columns, self._schema.types)), self._schema)
         )
@@ -118,7 +120,8 @@ class DocumentWriter(DocumentCount):
         known = self._types[name]
         if value is None:
             return None
-        value = int(value) if isinstance(value, bool) else value
+        if isinstance(value, bool):
+            value = int(value)
         kind = (
             pa.string()
             if isinstance(value, str)
@@ -137,7 +140,9 @@ class DocumentWriter(DocumentCount):
                 "expected a smaller number or a string. Convert it."
             )
         self._types[name] = pa.float64() if known == pa.float64() and kind != known else kind
-        return value if isinstance(value, str) else repr(value)
+        if isinstance(value, str):
+            return value
+        return repr(value)
 
 
 def sequence_labels(path: Path, document: np.ndarray) -> dict[str, LabelColumn]:

@@ -73,7 +73,9 @@ def read_once(path: Path) -> bool:
 def packing_of(path: Path) -> str:
     """Return the suffix of a compressed file, by its name, or ""."""
     suffix = path.suffix.lower()
-    return suffix if suffix in PACKINGS else ""
+    if suffix in PACKINGS:
+        return suffix
+    return ""
 
 
 @contextmanager

@@ -84,7 +84,9 @@ def only_statistics(model: Any, tokens: str, out: str, batch: int) -> None:
 
 def read(out: str, site: str, layer: int, sequence: int, position: int, batch: int) -> np.ndarray:
     """Read one vector back: [d_model] of a state, [head, key] of patterns, [head] of statistics."""
-    name = f"blocks.{layer - 1}.hook_resid_post" if layer else "blocks.0.hook_resid_pre"
+    name = "blocks.0.hook_resid_pre"
+    if layer:
+        name = f"blocks.{layer - 1}.hook_resid_post"
     names = {"resid": name, "pattern": f"blocks.{layer}.attn.hook_pattern"}
     with safe_open(os.path.join(out, f"{sequence // batch}.safetensors"), framework="np") as file:
         part = file.get_slice(names.get(site, f"{site}.{layer}"))
