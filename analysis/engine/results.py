@@ -29,6 +29,11 @@ from headwater.store.version import __version__
 
 REQUEST = re.compile(r"\w{1,64}")
 
+# The variables of a dataset before it is made, by name: dimensions and values (and attributes).
+Dims = str | tuple[str, ...]
+Variable = tuple[Dims, np.ndarray] | tuple[Dims, np.ndarray, dict[str, str]]
+Variables = dict[str, Variable]
+
 
 @dataclass(frozen=True)
 class RunResults:

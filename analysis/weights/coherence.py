@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch
 from headwater.analysis.weights.coherence_layers import (
     HEAD_KINDS,
     KINDS,
+    Values,
     class_mixes,
     fractions,
     head_shares,
@@ -37,12 +38,20 @@ from headwater.analysis.weights.token_classes import CONVENTIONS as CLASS_CONVEN
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
 from headwater.store.reader import Run
 
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.analysis.engine.results import Variables
+
 N_SETS = 500
 N_BOOTSTRAP = 1000
 N_RANDOM = 200
 FIRST_SETS = 100
 LEVEL = 0.01
 THROUGH = ("W_E", "W_U")
+
+# Directions whose sets of the null are scored together. 64 directions × 2 ends × 400 sets × 190 pairs of 20 tokens
+# are 9.7 million pairs: 78 MB of their places in the table, 39 MB of NPMI.
 DIRECTIONS_AT_ONCE = 64
 CONVENTIONS = (
     "npmi [sign]: mean NPMI over the pairs of the top tokens at one end of a direction, over Boolean sliding windows "
@@ -116,11 +125,11 @@ STANDARD = Settings()
 def coherence(
     model: str,
     corpus: Run | str | Path | Sequence[str | Path],
-    sinks: Any = None,
+    sinks: xarray.Dataset | None = None,
     settings: Settings = STANDARD,
     max_tokens: int = MAX_TOKENS,
     revision: str | None = None,
-) -> Any:
+) -> xarray.Dataset:
     """Score the SVD directions of every OV, QK, W_in and W_out of a model on a reference corpus.
 
     `corpus` is a run of the model, or text: a file, directory, glob or several. `sinks` is a result of `sinks` of the
@@ -137,10 +146,10 @@ def coherence(
 def coherence_of(
     checkpoint: Checkpoint,
     corpus: Corpus,
-    sinks: Any = None,
+    sinks: xarray.Dataset | None = None,
     settings: Settings = STANDARD,
-    decomposed: Any = None,
-) -> Any:
+    decomposed: xarray.Dataset | None = None,
+) -> xarray.Dataset:
     """Score the directions of a loaded checkpoint; see `coherence`.
 
     `decomposed` is a result of `weights` of the same model with as many directions and top tokens, if there is one.
@@ -151,37 +160,46 @@ def coherence_of(
         decomposed = weights_of(checkpoint, settings.n_directions, n_top)
     tokens = _tokens(decomposed, settings.n_directions, n_top)
     table = count_pairs(corpus, checkpoint.config.d_vocab, settings.window)
-    scores = {
-        kind: score_sets(table, ids, settings.n_sets, [settings.seed, at])
-        for at, (kind, ids) in enumerate(tokens.items())
-    }
-    better = {
-        kind: np.take_along_axis(ids, scores[kind].end[None, ..., None], 0)[0]
-        for kind, ids in tokens.items()
-    }
-    data: dict[str, Any] = {}
-    for kind in KINDS:
-        dims = ("layer", "head", "rank") if kind in HEAD_KINDS else ("layer", "mlp_rank")
-        one = scores[kind]
-        data[f"{kind}_npmi"] = ("sign", *dims), one.npmi
-        data[f"{kind}_z"] = dims, one.z
-        data[f"{kind}_percentile"] = dims, one.percentile
-        data[f"{kind}_coherent"] = dims, one.coherent
-        data[f"{kind}_end"] = dims, np.where(one.end == 0, 1, -1)
-        data[f"{kind}_token"] = ("sign", *dims, "top"), tokens[kind]
-    coherent = {kind: one.coherent for kind, one in scores.items()}
-    z = {kind: one.z for kind, one in scores.items()}
-    data["random_fraction"] = ("through",), _random_fraction(checkpoint, table, n_top, settings)
-    logs = np.log1p(table.single)
-    log_count = {
-        kind: np.where(np.isnan(z[kind]), np.nan, logs[better[kind]].mean(-1)) for kind in z
-    }
-    data |= fractions(coherent, z, log_count, settings.n_bootstrap, settings.seed)
-    data |= transition(data["coherent_fraction"][1], l_in)
+    log_of_token = np.log1p(table.single)
+    data: Variables = {}
+    coherent: Values = {}
+    z: Values = {}
+    better: Values = {}
+    log_count: Values = {}
+    for at, kind in enumerate(KINDS):
+        ids = tokens[kind]
+        one = score_sets(table, ids, settings.n_sets, [settings.seed, at])
+        better[kind] = np.take_along_axis(ids, one.end[None, ..., None], 0)[0]
+        coherent[kind] = one.coherent
+        z[kind] = one.z
+        mean_log = log_of_token[better[kind]].mean(-1)
+        log_count[kind] = np.where(np.isnan(one.z), np.nan, mean_log)
+        data |= _of_directions(kind, one, ids)
+    random = _random_fraction(checkpoint, table, n_top, settings)
+    data["random_fraction"] = ("through",), random
+    layers = fractions(coherent, z, log_count, settings.n_bootstrap, settings.seed)
+    data |= layers
+    data |= transition(layers["coherent_fraction"][1], l_in)
     data |= head_shares(coherent, z, share, settings.seed)
-    if (strings := token_strings(checkpoint)) is not None:
+    strings = token_strings(checkpoint)
+    if strings is not None:
         data |= class_mixes(better, strings, l_in)
     return _dataset(checkpoint, corpus, data, table.n_windows, settings, sinks)
+
+
+def _of_directions(kind: str, scores: Scores, tokens: np.ndarray) -> Variables:
+    """Return the scores of the directions of a kind as variables."""
+    dims: tuple[str, ...] = ("layer", "mlp_rank")
+    if kind in HEAD_KINDS:
+        dims = ("layer", "head", "rank")
+    return {
+        f"{kind}_npmi": (("sign", *dims), scores.npmi),
+        f"{kind}_z": (dims, scores.z),
+        f"{kind}_percentile": (dims, scores.percentile),
+        f"{kind}_coherent": (dims, scores.coherent),
+        f"{kind}_end": (dims, np.where(scores.end == 0, 1, -1)),
+        f"{kind}_token": (("sign", *dims, "top"), tokens),
+    }
 
 
 def _random_fraction(
@@ -191,14 +209,14 @@ def _random_fraction(
     make = torch.Generator().manual_seed(settings.seed)
     shape = (settings.n_random, checkpoint.config.d_model)
     directions = torch.randn(shape, generator=make, dtype=torch.float64)
-    found = []
+    found = np.full(len(THROUGH), np.nan)
     for at, name in enumerate(THROUGH):
-        tokens = read_tokens(directions, unembedding(checkpoint, name), n_top)[0]
+        tokens, _ = read_tokens(directions, unembedding(checkpoint, name), n_top)
         coherent = score_sets(table, tokens, settings.n_sets, [settings.seed, 100 + at]).coherent
-        found.append(
-            coherent[np.isfinite(coherent)].mean() if np.isfinite(coherent).any() else np.nan
-        )
-    return np.array(found)
+        scored = np.isfinite(coherent)
+        if scored.any():
+            found[at] = coherent[scored].mean()
+    return found
 
 
 def score_sets(
@@ -210,27 +228,34 @@ def score_sets(
     more, and its z and percentile are those among the 100.
     """
     grid = tokens.shape[1:-1]
-    ranks = table.rank[tokens].reshape(2, -1, tokens.shape[-1])
-    npmi = table.coherence(ranks)
-    z = np.full(ranks.shape[1], np.nan)
-    percentile = np.full(ranks.shape[1], np.nan)
-    end = np.zeros(ranks.shape[1], int)
+    ranks_2Dk = table.rank[tokens].reshape(2, -1, tokens.shape[-1])
+    n_directions = ranks_2Dk.shape[1]
+    npmi_2D = table.coherence(ranks_2Dk)
+    z = np.full(n_directions, np.nan)
+    percentile = np.full(n_directions, np.nan)
+    end = np.zeros(n_directions, int)
     rng = np.random.default_rng(seed)
+    # With b sets as good, the percentile is 1 − (1 + b)/(1 + n); it is above 1 − LEVEL for b up to this.
     may_beat = int(LEVEL * (1 + n_sets)) - 1
-    for low in range(0, ranks.shape[1], DIRECTIONS_AT_ONCE):
-        here = np.arange(low, min(low + DIRECTIONS_AT_ONCE, ranks.shape[1]))
-        null = table.coherence(table.matched(ranks[:, here], FIRST_SETS, rng))
-        for last in (False, True):
-            z[here], percentile[here], end[here], beaten = _compare(npmi[:, here], null)
-            if last or not (open_still := beaten <= may_beat).any():
-                break
-            here = here[open_still]
-            null = null[..., open_still]
-            more = table.coherence(table.matched(ranks[:, here], n_sets - FIRST_SETS, rng))
-            null = np.concatenate([null, more])
+    for low in range(0, n_directions, DIRECTIONS_AT_ONCE):
+        here = np.arange(low, min(low + DIRECTIONS_AT_ONCE, n_directions))
+        null_S2D = table.coherence(table.matched(ranks_2Dk[:, here], FIRST_SETS, rng))
+        z[here], percentile[here], end[here], beaten = _compare(npmi_2D[:, here], null_S2D)
+        undecided = beaten <= may_beat
+        if not undecided.any():
+            continue
+        here = here[undecided]
+        more_S2D = table.coherence(table.matched(ranks_2Dk[:, here], n_sets - FIRST_SETS, rng))
+        null_S2D = np.concatenate([null_S2D[..., undecided], more_S2D])
+        z[here], percentile[here], end[here], _ = _compare(npmi_2D[:, here], null_S2D)
     coherent = np.where(np.isnan(z), np.nan, percentile > 1 - LEVEL)
-    flat = (z, percentile, end, coherent)
-    return Scores(npmi.reshape(2, *grid), *(values.reshape(grid) for values in flat))
+    return Scores(
+        npmi=npmi_2D.reshape(2, *grid),
+        z=z.reshape(grid),
+        percentile=percentile.reshape(grid),
+        end=end.reshape(grid),
+        coherent=coherent.reshape(grid),
+    )
 
 
 def _compare(
@@ -241,40 +266,55 @@ def _compare(
     An end has a z where at least half of its sets have a score. The percentile counts the direction among its sets, so
     that the share of unrelated ones above 1 − p is p or less.
     """
-    scored = np.isfinite(null_S2D).mean(0) >= 0.5
+    scored_2D = np.isfinite(null_S2D).mean(0) >= 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # ends without a score are NaN throughout
-        middle = np.nanmean(null_S2D, 0)
-        spread = np.nanstd(null_S2D, 0)
-        scale = np.where(scored & (spread > 0), spread, np.nan)
-        by_end = (npmi_2D - middle) / scale
-        best = np.nanmax(by_end, 0)
-        null = np.nanmax(np.where(np.isnan(by_end), np.nan, (null_S2D - middle) / scale), 1)
-    beaten = (null >= best).sum(0)
-    n = np.isfinite(null).sum(0)
-    percentile = np.where(np.isnan(best), np.nan, 1 - (1 + beaten) / (1 + n))
-    return best, percentile, np.nan_to_num(by_end, nan=-np.inf).argmax(0), beaten
+        middle_2D = np.nanmean(null_S2D, 0)
+        spread_2D = np.nanstd(null_S2D, 0)
+        scale_2D = np.where(scored_2D & (spread_2D > 0), spread_2D, np.nan)
+        by_end_2D = (npmi_2D - middle_2D) / scale_2D
+        best_D = np.nanmax(by_end_2D, 0)
+        # A set is as lucky as a direction: it too counts by the better of its ends, of those that the direction has.
+        null_z_S2D = (null_S2D - middle_2D) / scale_2D
+        null_z_S2D = np.where(np.isnan(by_end_2D), np.nan, null_z_S2D)
+        null_SD = np.nanmax(null_z_S2D, 1)
+    beaten_D = (null_SD >= best_D).sum(0)
+    n_D = np.isfinite(null_SD).sum(0)
+    percentile_D = 1 - (1 + beaten_D) / (1 + n_D)
+    percentile_D = np.where(np.isnan(best_D), np.nan, percentile_D)
+    end_D = np.nan_to_num(by_end_2D, nan=-np.inf).argmax(0)
+    return best_D, percentile_D, end_D, beaten_D
 
 
-def shown(result: Any, kind: str, most: int = 5, n_tokens: int = 8) -> list[str]:
+def shown(result: xarray.Dataset, kind: str, most: int = 5, n_tokens: int = 8) -> list[str]:
     """List the most coherent directions of a kind by z, each with its place and first tokens, for people to judge."""
     z = result[f"{kind}_z"].values
     end = result[f"{kind}_end"].values
     tokens = result[f"{kind}_token"].values
     there = np.argwhere(result[f"{kind}_coherent"].values == 1)
     order = np.argsort([-z[tuple(at)] for at in there], kind="stable")[:most]
-    names = result["token_text"].values if "token_text" in result else None
     lines = []
     for at in there[order]:
         place = tuple(at.tolist())
-        ids = tokens[(int(end[place] < 0), *place)][:n_tokens]
-        words = " ".join(str(i) if names is None else repr(str(names[i])) for i in ids)
-        where = f"L{place[0]}H{place[1]}" if kind in HEAD_KINDS else f"L{place[0]}"
+        row = int(end[place] < 0)
+        words = " ".join(_word(result, token) for token in tokens[(row, *place)][:n_tokens])
+        where = f"L{place[0]}"
+        if kind in HEAD_KINDS:
+            where += f"H{place[1]}"
         lines.append(f"{where} {place[-1]}: z {z[place]:.1f}, {words}")
     return lines
 
 
-def _shares(checkpoint: Checkpoint, sinks: Any) -> tuple[np.ndarray | None, int | None]:
+def _word(result: xarray.Dataset, token: int) -> str:
+    """Return a token's string, or its id where the model has no tokenizer."""
+    if "token_text" not in result:
+        return str(token)
+    return repr(str(result["token_text"].values[token]))
+
+
+def _shares(
+    checkpoint: Checkpoint, sinks: xarray.Dataset | None
+) -> tuple[np.ndarray | None, int | None]:
     """Return second-half first-token shares [L, N] and l_in of a `sinks` result, None where there is none."""
     if sinks is None:
         return None, None
@@ -286,16 +326,21 @@ def _shares(checkpoint: Checkpoint, sinks: Any) -> tuple[np.ndarray | None, int 
             f"{checkpoint.name} with [{c.n_layer}, {c.n_head}]. Compute `sinks` of a run of this model with all layers "
             "and heads."
         )
-    return share, int(sinks["l_in"]) if np.isfinite(sinks["l_in"]) else None
+    l_in = float(sinks["l_in"])
+    if not np.isfinite(l_in):
+        return share, None
+    return share, int(l_in)
 
 
-def _tokens(decomposed: Any, n: int, n_top: int) -> dict[str, np.ndarray]:
+def _tokens(decomposed: xarray.Dataset, n: int, n_top: int) -> Values:
     """Return the top tokens of every kind: [sign, layer(, head), rank, top]."""
     found = {}
     for kind in KINDS:
-        family, _, fold = kind.rpartition("_") if kind.startswith("w_in") else (kind, "", "")
-        values = decomposed[f"{family}_token"]
-        values = values.sel(fold=fold) if fold else values
+        if kind.startswith("w_in"):
+            family, _, fold = kind.rpartition("_")
+            values = decomposed[f"{family}_token"].sel(fold=fold)
+        else:
+            values = decomposed[f"{kind}_token"]
         found[kind] = values.values[..., :n, :n_top]
     return found
 
@@ -303,11 +348,11 @@ def _tokens(decomposed: Any, n: int, n_top: int) -> dict[str, np.ndarray]:
 def _dataset(
     checkpoint: Checkpoint,
     corpus: Corpus,
-    data: dict[str, Any],
+    data: Variables,
     n_windows: int,
     settings: Settings,
-    sinks: Any,
-) -> Any:
+    sinks: xarray.Dataset | None,
+) -> xarray.Dataset:
     import xarray
 
     c = checkpoint.config
@@ -329,9 +374,10 @@ def _dataset(
         "corpus": corpus.name,
         "corpus_digest": corpus.digest,
         "corpus_tokens": len(corpus.tokens),
-        "sinks_of": None if sinks is None else sinks.attrs["run"],
+        "sinks_of": None,
     }
-    attributes = model_provenance(checkpoint, "coherence", arguments, CONVENTIONS) | {
-        "n_windows": n_windows
-    }
+    if sinks is not None:
+        arguments["sinks_of"] = sinks.attrs["run"]
+    attributes = model_provenance(checkpoint, "coherence", arguments, CONVENTIONS)
+    attributes["n_windows"] = n_windows
     return xarray.Dataset(data, coords, attributes)

@@ -5,10 +5,9 @@ Shapes: K kinds of directions, L layers, C token classes; scores and flags of on
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
+from headwater.analysis.engine.results import Variables
 from headwater.analysis.weights.chance import (
     resampled_means,
     spearman_within,
@@ -20,61 +19,74 @@ from headwater.analysis.weights.token_classes import class_shares, classify
 
 KINDS = ("ov_read", "ov_write", "w_in_raw", "w_in_folded", "w_out", "qk_query", "qk_key")
 HEAD_KINDS = ("ov_read", "ov_write", "qk_query", "qk_key")
+KL = ("kind", "layer")
+CENTRAL_95 = (0.025, 0.975)
 Values = dict[str, np.ndarray]
 
 
 def _units(values: np.ndarray) -> np.ndarray:
     """Return what is resampled, by layer: the means of heads, or the directions of the MLP, [L, U]."""
-    return _mean(values, -1) if values.ndim == 3 else values.astype(np.float64)
+    # The directions of a head share its weights, so that heads and not directions are independent.
+    by_head = values.ndim == 3
+    if by_head:
+        return _mean(values, -1)
+    return values.astype(np.float64)
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:
     """Return means of what is not NaN, NaN of nothing."""
     n = np.isfinite(values).sum(axis)
-    return np.where(n > 0, np.nansum(values, axis) / np.maximum(n, 1), np.nan)
+    total = np.nansum(values, axis)
+    return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
 def fractions(
     coherent: Values, z: Values, log_count: Values, n_bootstrap: int, seed: int
-) -> dict[str, Any]:
+) -> Variables:
     """Return coherent_fraction by kind and layer with Wilson's interval and bootstrap bands, and its rise and dip."""
     n_layer = len(coherent["w_out"])
+    flat = {kind: coherent[kind].reshape(n_layer, -1) for kind in KINDS}
+    scored_KL = np.stack([np.isfinite(flat[kind]).sum(1) for kind in KINDS])
+    count_KL = np.stack([(flat[kind] == 1).sum(1) for kind in KINDS])
+    size_KL = np.stack([np.full(n_layer, coherent[kind][0].size) for kind in KINDS])
+    fraction_KL = _means_by_layer(coherent)
+    low_KL, high_KL = wilson(count_KL, scored_KL)
 
-    def flat(values: Values) -> np.ndarray:
-        return np.stack([_mean(values[kind].reshape(n_layer, -1), 1) for kind in KINDS])
-
-    n = np.stack([np.isfinite(coherent[kind]).reshape(n_layer, -1).sum(1) for kind in KINDS])
-    count = np.stack([(coherent[kind] == 1).reshape(n_layer, -1).sum(1) for kind in KINDS])
-    size = np.stack([np.full(n_layer, coherent[kind][0].size) for kind in KINDS])
-    drawn = np.stack([resampled_means(_units(coherent[kind]), n_bootstrap, seed) for kind in KINDS])
-    band = np.quantile(drawn, [0.025, 0.975], 1)
-    fraction = flat(coherent)
-    low, high = wilson(count, n)
-    rise, dip = thirds(fraction)
-    kl = ("kind", "layer")
-    data: dict[str, Any] = {
-        "coherent_fraction": (kl, fraction),
-        "coherent_low": (kl, low),
-        "coherent_high": (kl, high),
-        "band_low": (kl, band[0]),
-        "band_high": (kl, band[1]),
-        "n_coherent": (kl, count),
-        "n_scored": (kl, n),
-        "n_directions": (kl, size),
-        "mean_z": (kl, flat(z)),
-        "mean_log_count": (kl, flat(log_count)),
+    units = [_units(coherent[kind]) for kind in KINDS]
+    drawn_KBL = np.stack([resampled_means(one, n_bootstrap, seed) for one in units])
+    band_low_KL, band_high_KL = np.quantile(drawn_KBL, CENTRAL_95, 1)
+    data: Variables = {
+        "coherent_fraction": (KL, fraction_KL),
+        "coherent_low": (KL, low_KL),
+        "coherent_high": (KL, high_KL),
+        "band_low": (KL, band_low_KL),
+        "band_high": (KL, band_high_KL),
+        "n_coherent": (KL, count_KL),
+        "n_scored": (KL, scored_KL),
+        "n_directions": (KL, size_KL),
+        "mean_z": (KL, _means_by_layer(z)),
+        "mean_log_count": (KL, _means_by_layer(log_count)),
     }
-    for name, value, resampled in zip(("rise", "dip"), (rise, dip), thirds(drawn), strict=True):
-        low, high = np.quantile(resampled, [0.025, 0.975], 1)
-        data |= {
-            name: (("kind",), value),
-            f"{name}_low": (("kind",), low),
-            f"{name}_high": (("kind",), high),
-        }
+    rise_K, dip_K = thirds(fraction_KL)
+    rises_KB, dips_KB = thirds(drawn_KBL)
+    for name, value_K, resampled_KB in (("rise", rise_K, rises_KB), ("dip", dip_K, dips_KB)):
+        low_K, high_K = np.quantile(resampled_KB, CENTRAL_95, 1)
+        data[name] = ("kind",), value_K
+        data[f"{name}_low"] = ("kind",), low_K
+        data[f"{name}_high"] = ("kind",), high_K
     return data
 
 
-def transition(fraction_KL: np.ndarray, l_in: int | None) -> dict[str, Any]:
+def _means_by_layer(values: Values) -> np.ndarray:
+    """Return the means over all directions of a layer, [K, L]."""
+    means = []
+    for kind in KINDS:
+        of_layers = values[kind].reshape(len(values[kind]), -1)
+        means.append(_mean(of_layers, 1))
+    return np.stack(means)
+
+
+def transition(fraction_KL: np.ndarray, l_in: int | None) -> Variables:
     """Compare coherent fractions before and after l_in with what a line over the layers explains; NaN without l_in."""
     found = [step_beyond_line(values, l_in or 0) for values in fraction_KL]
     names = {
@@ -86,44 +98,58 @@ def transition(fraction_KL: np.ndarray, l_in: int | None) -> dict[str, Any]:
         "difference_p": [one.p for one in found],
         "least_p": [one.least_p for one in found],
     }
-    data: dict[str, Any] = {name: (("kind",), np.array(value)) for name, value in names.items()}
-    return data | {"l_in": ((), np.nan if l_in is None else float(l_in))}
+    data: Variables = {name: (("kind",), np.array(value)) for name, value in names.items()}
+    at = np.array(np.nan)
+    if l_in is not None:
+        at = np.array(float(l_in))
+    data["l_in"] = (), at
+    return data
 
 
-def head_shares(coherent: Values, z: Values, share: np.ndarray | None, seed: int) -> dict[str, Any]:
+def head_shares(coherent: Values, z: Values, share: np.ndarray | None, seed: int) -> Variables:
     """Correlate heads' shares with the coherence of their circuits, within layers."""
-    fraction = np.stack([_mean(coherent[kind], -1) for kind in HEAD_KINDS])
-    data: dict[str, Any] = {"head_fraction": (("head_kind", "layer", "head"), fraction)}
+    fraction_KLN = np.stack([_mean(coherent[kind], -1) for kind in HEAD_KINDS])
+    data: Variables = {"head_fraction": (("head_kind", "layer", "head"), fraction_KLN)}
     if share is None:
         return data
-    mean = np.stack([_mean(z[kind], -1) for kind in HEAD_KINDS])
-    found = [
-        [spearman_within(share, side, seed=seed) for side in measure]
-        for measure in (fraction, mean)
-    ]
+    z_KLN = np.stack([_mean(z[kind], -1) for kind in HEAD_KINDS])
+    by_layer = []
+    means = []
+    p_values = []
+    for values_LN in (*fraction_KLN, *z_KLN):
+        correlation_L, mean, p = spearman_within(share, values_LN, seed=seed)
+        by_layer.append(correlation_L)
+        means.append(mean)
+        p_values.append(p)
+    n_kinds = len(HEAD_KINDS)
     mk = ("measure", "head_kind")
-    return data | {
-        "first_token_share": (("layer", "head"), share),
-        "share_coherence": ((*mk, "layer"), np.array([[one[0] for one in row] for row in found])),
-        "share_coherence_mean": (mk, np.array([[one[1] for one in row] for row in found])),
-        "share_coherence_p": (mk, np.array([[one[2] for one in row] for row in found])),
-    }
+    data["first_token_share"] = ("layer", "head"), share
+    data["share_coherence"] = (*mk, "layer"), np.array(by_layer).reshape(2, n_kinds, -1)
+    data["share_coherence_mean"] = mk, np.array(means).reshape(2, n_kinds)
+    data["share_coherence_p"] = mk, np.array(p_values).reshape(2, n_kinds)
+    return data
 
 
-def class_mixes(better: Values, strings: np.ndarray, l_in: int | None) -> dict[str, Any]:
+def class_mixes(better: Values, strings: np.ndarray, l_in: int | None) -> Variables:
     """Return the mix of token classes at the better end of the directions, by kind and layer, and how it changes."""
     classes = classify(list(strings))
-    mixes = [class_shares(classes[better[kind]].reshape(len(better[kind]), -1)) for kind in KINDS]
+    mixes = []
+    for kind in KINDS:
+        by_layer = classes[better[kind]].reshape(len(better[kind]), -1)
+        mixes.append(class_shares(by_layer))
     mix_KLC = np.stack(mixes)
-    change = np.full(len(KINDS), np.nan)
+
+    # Half the summed difference of two mixes is the share that changed its class (total variation).
+    change_K = np.full(len(KINDS), np.nan)
     if l_in:
-        moved = mix_KLC[:, l_in:].mean(1) - mix_KLC[:, :l_in].mean(1)
-        change = np.abs(moved).sum(-1) / 2
+        after = mix_KLC[:, l_in:].mean(1)
+        before = mix_KLC[:, :l_in].mean(1)
+        change_K = np.abs(after - before).sum(-1) / 2
     found = [step_beyond_line(mix, l_in or 0) for mix in mix_KLC]
     return {
         "class_share": (("kind", "layer", "token_class"), mix_KLC),
         "vocabulary_class_share": (("token_class",), class_shares(classes)),
-        "class_change": (("kind",), change),
+        "class_change": (("kind",), change_K),
         "class_change_beyond_line": (("kind",), np.array([one.beyond_line for one in found])),
         "class_change_p": (("kind",), np.array([one.p for one in found])),
         "token_text": (("d_vocab",), strings),

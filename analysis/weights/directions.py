@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,7 +14,14 @@ from headwater.analysis.weights.circuits import head_weights, narrow_svd, qk_cor
 from headwater.extractor.model.weights import Checkpoint, load_checkpoint
 from headwater.store.version import __version__
 
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.analysis.engine.results import Variables
+
 FOLDS = ("raw", "folded")
+
+# Directions whose products with the vocabulary are in memory at once: 128 × 50,257 × 4 bytes are 26 MB.
 ROWS = 128
 CONVENTIONS = (
     "Raw weights in float64, biases and LayerNorm left out. OV = W_V W_O: ov_read is the side read from the residual "
@@ -39,7 +47,7 @@ class Family:
 
 def weights(
     model: str, n_directions: int = 30, n_top: int = 20, revision: str | None = None
-) -> Any:
+) -> xarray.Dataset:
     """Decompose the weights of a model; no run is needed.
 
     Returns a dataset. For ov_write, ov_read, qk_query, qk_key [layer, head], w_in [fold, layer] and w_out [layer]: the
@@ -55,7 +63,7 @@ def weights(
     return weights_of(load_checkpoint(model, revision), n_directions, n_top)
 
 
-def weights_of(checkpoint: Checkpoint, n_directions: int = 30, n_top: int = 20) -> Any:
+def weights_of(checkpoint: Checkpoint, n_directions: int = 30, n_top: int = 20) -> xarray.Dataset:
     """Decompose the weights of a loaded checkpoint; see `weights`."""
     import xarray
 
@@ -63,18 +71,14 @@ def weights_of(checkpoint: Checkpoint, n_directions: int = 30, n_top: int = 20) 
     families, data = _decompose(checkpoint, n_directions)
     n_top = min(n_top, c.d_vocab)
     for family in families:
-        rank = (*family.dims[:-1], "mlp_rank" if family.name.startswith("w_") else "rank")
-        tokens, logits = read_tokens(
-            family.directions, unembedding(checkpoint, family.through), n_top
-        )
-        data[family.name] = (
-            (*rank, "d_model"),
-            family.directions.numpy(),
-            {"through": family.through},
-        )
-        data[f"{family.name}_token"] = ("sign", *rank, "top"), tokens
-        data[f"{family.name}_logit"] = ("sign", *rank, "top"), logits
-    if (strings := token_strings(checkpoint)) is not None:
+        matrix_VD = unembedding(checkpoint, family.through)
+        tokens, logits = read_tokens(family.directions, matrix_VD, n_top)
+        source = {"through": family.through}
+        data[family.name] = (*family.dims, "d_model"), family.directions.numpy(), source
+        data[f"{family.name}_token"] = ("sign", *family.dims, "top"), tokens
+        data[f"{family.name}_logit"] = ("sign", *family.dims, "top"), logits
+    strings = token_strings(checkpoint)
+    if strings is not None:
         data["token_text"] = ("d_vocab",), strings
     layers = np.arange(c.n_layer)
     coords = {
@@ -86,9 +90,8 @@ def weights_of(checkpoint: Checkpoint, n_directions: int = 30, n_top: int = 20) 
         "sign": [1, -1],
     }
     arguments = {"n_directions": n_directions, "n_top": n_top}
-    return xarray.Dataset(
-        data, coords, model_provenance(checkpoint, "weights", arguments, CONVENTIONS)
-    )
+    attributes = model_provenance(checkpoint, "weights", arguments, CONVENTIONS)
+    return xarray.Dataset(data, coords, attributes)
 
 
 def read_tokens(
@@ -103,17 +106,21 @@ def read_tokens(
     values = []
     for at in range(0, len(flat), ROWS):
         product = flat[at : at + ROWS] @ matrix_VD.float().T
-        tops = [(sign * product).topk(n) for sign in (1, -1)]
-        ids.append(torch.stack([top.indices for top in tops]))
-        values.append(torch.stack([top.values for top in tops]))
+        plus = product.topk(n)
+        minus = (-product).topk(n)
+        ids.append(torch.stack([plus.indices, minus.indices]))
+        values.append(torch.stack([plus.values, minus.values]))
     shape = (2, *directions.shape[:-1], n)
-    return torch.cat(ids, 1).reshape(shape).numpy(), torch.cat(values, 1).reshape(shape).numpy()
+    all_ids = torch.cat(ids, 1).reshape(shape)
+    all_values = torch.cat(values, 1).reshape(shape)
+    return all_ids.numpy(), all_values.numpy()
 
 
 def unembedding(checkpoint: Checkpoint, through: str = "W_U") -> torch.Tensor:
     """Return W_E or W_U with a row for every token: [d_vocab, d_model]."""
-    tied = through == "W_E" or checkpoint.config.tied
-    return checkpoint.tensors["wte.weight" if tied else "lm_head.weight"]
+    if through == "W_E" or checkpoint.config.tied:
+        return checkpoint.tensors["wte.weight"]
+    return checkpoint.tensors["lm_head.weight"]
 
 
 def token_strings(checkpoint: Checkpoint) -> np.ndarray | None:
@@ -122,13 +129,12 @@ def token_strings(checkpoint: Checkpoint) -> np.ndarray | None:
         return None
     from headwater.extractor.tokenizer import load_tokenizer
 
-    return np.array(
-        load_tokenizer(checkpoint.tokenizer).token_strings(range(checkpoint.config.d_vocab)),
-        dtype=object,
-    )
+    tokenizer = load_tokenizer(checkpoint.tokenizer)
+    strings = tokenizer.token_strings(range(checkpoint.config.d_vocab))
+    return np.array(strings, dtype=object)
 
 
-def _decompose(checkpoint: Checkpoint, n: int) -> tuple[list[Family], dict[str, Any]]:
+def _decompose(checkpoint: Checkpoint, n: int) -> tuple[list[Family], Variables]:
     """Return all families of directions, and the spectra and correlations as variables."""
     c = checkpoint.config
     t = checkpoint.tensors
@@ -138,20 +144,22 @@ def _decompose(checkpoint: Checkpoint, n: int) -> tuple[list[Family], dict[str, 
     def keep(name: str, value: torch.Tensor) -> None:
         found.setdefault(name, []).append(value)
 
+    def keep_circuits(name: str, left_NDH: torch.Tensor, right_NHD: torch.Tensor) -> None:
+        parts = [thin_svd(left_NDH[i], right_NHD[i]) for i in range(c.n_head)]
+        keep(f"{name}_left", torch.stack([left[:n] for left, _, _ in parts]))
+        keep(f"{name}_sigma", torch.stack([sigma for _, sigma, _ in parts]))
+        keep(f"{name}_right", torch.stack([right[:n] for _, _, right in parts]))
+
     for layer in range(c.n_layer):
         w_q, w_k, w_v, w_o = head_weights(checkpoint, layer)
-        for name, left, right in (("ov", w_v, w_o), ("qk", w_q, w_k.transpose(1, 2))):
-            parts = [thin_svd(left[i], right[i]) for i in range(c.n_head)]
-            for part, values in zip(
-                ("left", "sigma", "right"), zip(*parts, strict=True), strict=True
-            ):
-                keep(
-                    f"{name}_{part}", torch.stack([v if part == "sigma" else v[:n] for v in values])
-                )
+        keep_circuits("ov", w_v, w_o)
+        keep_circuits("qk", w_q, w_k.transpose(1, 2))
         keep("qk_correlation", qk_correlation(w_q, w_k, embedding))
         w_in = t[f"h.{layer}.mlp.c_fc.weight"].double()
         gamma = t[f"h.{layer}.ln_2.weight"].double()
-        for fold, matrix in zip(FOLDS, (w_in, gamma[:, None] * w_in), strict=True):
+        # What ln_2 multiplies a coordinate by, the neurons read it with: (γ ⊙ x) W = x (diag(γ) W).
+        folded = gamma[:, None] * w_in
+        for fold, matrix in zip(FOLDS, (w_in, folded), strict=True):
             _, sigma, directions = narrow_svd(matrix.T)
             keep(f"w_in_sigma_{fold}", sigma)
             keep(f"w_in_{fold}", directions[:n])
@@ -159,23 +167,22 @@ def _decompose(checkpoint: Checkpoint, n: int) -> tuple[list[Family], dict[str, 
         keep("w_out_sigma", sigma)
         keep("w_out", directions[:n])
     s = {name: torch.stack(values) for name, values in found.items()}
+    w_in_directions = torch.stack([s[f"w_in_{fold}"] for fold in FOLDS])
+    w_in_sigma = torch.stack([s[f"w_in_sigma_{fold}"] for fold in FOLDS])
     head = ("layer", "head", "rank")
-    mlp = ("layer", "rank")
+    mlp = ("layer", "mlp_rank")
     families = [
         Family("ov_read", head, s["ov_left"], "W_E"),
         Family("ov_write", head, s["ov_right"], "W_U"),
         Family("qk_query", head, s["qk_left"], "W_E"),
         Family("qk_key", head, s["qk_right"], "W_E"),
-        Family("w_in", ("fold", *mlp), torch.stack([s[f"w_in_{fold}"] for fold in FOLDS]), "W_E"),
+        Family("w_in", ("fold", *mlp), w_in_directions, "W_E"),
         Family("w_out", mlp, s["w_out"], "W_U"),
     ]
-    spectra = {
+    spectra: Variables = {
         "ov_sigma": (("layer", "head", "component"), s["ov_sigma"].numpy()),
         "qk_sigma": (("layer", "head", "component"), s["qk_sigma"].numpy()),
-        "w_in_sigma": (
-            ("fold", "layer", "mlp_component"),
-            torch.stack([s[f"w_in_sigma_{fold}"] for fold in FOLDS]).numpy(),
-        ),
+        "w_in_sigma": (("fold", "layer", "mlp_component"), w_in_sigma.numpy()),
         "w_out_sigma": (("layer", "mlp_component"), s["w_out_sigma"].numpy()),
         "qk_correlation": (("layer", "head", "other_head"), s["qk_correlation"].numpy()),
     }
@@ -183,8 +190,8 @@ def _decompose(checkpoint: Checkpoint, n: int) -> tuple[list[Family], dict[str, 
 
 
 def model_provenance(
-    checkpoint: Checkpoint, analysis: str, arguments: dict[str, Any], conventions: str
-) -> dict[str, Any]:
+    checkpoint: Checkpoint, analysis: str, arguments: Mapping[str, object], conventions: str
+) -> dict[str, str | int]:
     """Return the attributes of a result that comes from a model's weights."""
     import xarray
 

@@ -27,15 +27,22 @@ SPECIAL = re.compile(r"<\|.*\|>|<\w+>")
 
 def classify(strings: Sequence[str]) -> np.ndarray:
     """Return the index into CLASSES of each token string: int8 [n]."""
-    found = np.full(len(strings), len(CLASSES) - 1, np.int8)
-    for at, text in enumerate(strings):
-        if not SPECIAL.fullmatch(text) and "�" not in text:
-            found[at] = next(
-                (i for i, p in enumerate(PATTERNS) if p.fullmatch(text)), len(CLASSES) - 1
-            )
-    return found
+    return np.array([_class_of(text) for text in strings], np.int8)
+
+
+def _class_of(text: str) -> int:
+    """Return the index of the first pattern that a string is, or that of `other`."""
+    other = len(CLASSES) - 1
+    # A replacement character stands for bytes that are no whole character.
+    if SPECIAL.fullmatch(text) or "\ufffd" in text:
+        return other
+    for at, pattern in enumerate(PATTERNS):
+        if pattern.fullmatch(text):
+            return at
+    return other
 
 
 def class_shares(classes: np.ndarray) -> np.ndarray:
     """Return the share of each class over the last dimension: [..., class]."""
-    return np.stack([(classes == i).mean(-1) for i in range(len(CLASSES))], -1)
+    shares = [(classes == i).mean(-1) for i in range(len(CLASSES))]
+    return np.stack(shares, -1)
