@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +30,12 @@ from headwater.analysis.interventions.replay import Point, Prompts, Replay, Swit
 from headwater.kernels.cpu.workspace import Workspace
 from headwater.store.reader import Run
 
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.analysis.engine.results import Variables
+
+# Rows of logits at once: 512 × 50,257 × 4 bytes are 103 MB, the largest tensor of a sweep.
 ROWS = 512
 CONVENTIONS = (
     "The residual stream at depth d and one position of prompt A goes from A's state to B's (the same position from "
@@ -95,7 +101,8 @@ class Sweep:
         Outputs are the depths 0 to n_layer, NaN before `depth`, then the logits.
         """
         n_layer = self.replay.config.n_layer
-        found = np.full((3, path_PSD.shape[0], n_layer + 2, path_PSD.shape[1]), np.nan)
+        n_pairs, n_steps, _ = path_PSD.shape
+        found = np.full((3, n_pairs, n_layer + 2, n_steps), np.nan)
 
         def look(site: str, at: int, value: torch.Tensor) -> None:
             if site == "resid":
@@ -103,22 +110,29 @@ class Sweep:
 
         with torch.no_grad():
             x = self.replay.run(
-                self.place(depth, part, path_PSD), depth, self.a.before(part), switches, point, look
+                self.place(depth, part, path_PSD),
+                depth,
+                prefix=self.a.before(part),
+                switches=switches,
+                point=point,
+                look=look,
             )
-            held = point if ("ln_scale", n_layer) in switches else None
-            scale = None if held is None else held.values["ln_final_scale", 0][:, :, -1]
-            shape = (*x.shape[:2], self.replay.unembedding.shape[1])
-            logits = self.replay.logits(
-                x[:, :, -1], scale, out=self._scratch.get("logits", shape, x.dtype)
-            )
-            kl = np.empty(shape[:2])
-            for i, one in enumerate(logits):  # one pair at a time, so that no large tensor is made
-                log_sum = torch.logsumexp(one, -1)
-                p = (one[0] - log_sum[0]).exp()
-                to_b = torch.linalg.vector_norm(one - one[-1], dim=-1)
-                one -= one[0].clone()
-                to_a = torch.linalg.vector_norm(one, dim=-1)
-                kl[i] = (log_sum - log_sum[0] - one @ p).numpy()
+            scale = None
+            if point is not None and ("ln_scale", n_layer) in switches:
+                scale = point.values["ln_final_scale", 0][:, :, -1]
+            shape = (n_pairs, n_steps, self.replay.unembedding.shape[1])
+            out = self._scratch.get("logits", shape, x.dtype)
+            logits_PSV = self.replay.logits(x[:, :, -1], scale, out=out)
+            kl = np.empty((n_pairs, n_steps))
+            # One pair at a time and in place, so that no second tensor [P, S, V] is made.
+            for i, logits_SV in enumerate(logits_PSV):
+                log_sum = torch.logsumexp(logits_SV, -1)
+                p = (logits_SV[0] - log_sum[0]).exp()
+                to_b = torch.linalg.vector_norm(logits_SV - logits_SV[-1], dim=-1)
+                logits_SV -= logits_SV[0].clone()
+                to_a = torch.linalg.vector_norm(logits_SV, dim=-1)
+                # KL(p₀ ‖ p) = Σ p₀ (l₀ − log Z₀ − l + log Z) = log Z − log Z₀ − Σ p₀ (l − l₀).
+                kl[i] = (log_sum - log_sum[0] - logits_SV @ p).numpy()
                 found[:, i, -1] = torch.stack(relative(to_a, to_b)).numpy()
         return found[0], found[1], found[2], kl
 
@@ -133,7 +147,7 @@ def plateau(
     tau: float = TAU,
     run: Run | str | Path | None = None,
     seed: int = 0,
-) -> Any:
+) -> xarray.Dataset:
     """Sweep pairs × paths × depths × steps; return curves, widths and sharpness as a dataset.
 
     `paths` are linear, slerp and the baselines random and covariance (which needs a `run` of the same model with
@@ -159,26 +173,31 @@ def plateau(
     return _dataset(sweep, pairs, paths, depths, curves, kl, tau)
 
 
-def over_pairs(data: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def over_pairs(data: Variables, names: Sequence[str]) -> Variables:
     """Return the mean over pairs of variables [pair, …] and its standard error, NaN for fewer than two pairs."""
-    found: dict[str, Any] = {}
+    found: Variables = {}
     for name in names:
-        dims, values = data[name]
+        dims, values = data[name][:2]
         n = len(values)
-        nothing = np.full(values.shape[1:], np.nan)
-        error = values.std(0, ddof=1) / np.sqrt(n) if n > 1 else nothing
-        found |= {f"{name}_mean": (dims[1:], values.mean(0)), f"{name}_error": (dims[1:], error)}
-    return found | {"n_pairs": ((), n)}
+        error = np.full(values.shape[1:], np.nan)
+        if n > 1:
+            error = values.std(0, ddof=1) / np.sqrt(n)
+        found[f"{name}_mean"] = dims[1:], values.mean(0)
+        found[f"{name}_error"] = dims[1:], error
+        found["n_pairs"] = (), np.array(n)
+    return found
 
 
 def check_depths(depths: Sequence[int] | None, n_layer: int) -> list[int]:
     """Return depths at which a state can be moved: 0 to n_layer − 1, all by default."""
-    found = list(range(n_layer)) if depths is None else list(depths)
-    if bad := [d for d in found if not 0 <= d < n_layer]:
-        raise ValueError(
-            f"--depths has {bad[0]}; a state can be moved at depths 0 to {n_layer - 1} of this model."
-        )
-    return found
+    if depths is None:
+        return list(range(n_layer))
+    for depth in depths:
+        if not 0 <= depth < n_layer:
+            raise ValueError(
+                f"--depths has {depth}; a state can be moved at depths 0 to {n_layer - 1} of this model."
+            )
+    return list(depths)
 
 
 def _end(
@@ -215,13 +234,15 @@ def covariance_directions(run: Run, depth: int, n: int, rng: np.random.Generator
             f"{run.path} holds resid at depths {leads}, not {depth}. Extract a run that holds it."
         )
     start = run.plain("row_start")
-    total = 0.0
-    weighted = 0.0
+    # Σ w (x − x̄) = Σ w x − (Σ w) x̄, so one pass is enough.
+    total: np.ndarray | float = 0.0
+    weighted: np.ndarray | float = 0.0
     weights = np.zeros(n)
     rows = 0
     for sequence in np.flatnonzero(run.complete):
         t = np.arange(start.shape[1])
-        x = array[leads.index(depth), int(sequence)][start[sequence] < t].astype(np.float64)
+        not_first = start[sequence] < t
+        x = array[leads.index(depth), int(sequence)][not_first].astype(np.float64)
         w = rng.standard_normal((n, len(x)))
         total = total + x.sum(0)
         weighted = weighted + w @ x
@@ -231,7 +252,8 @@ def covariance_directions(run: Run, depth: int, n: int, rng: np.random.Generator
         raise ValueError(
             f"{run.path} has {rows} positions besides first ones; a covariance needs more."
         )
-    return np.asarray((weighted - np.multiply.outer(weights, total / rows)) / np.sqrt(rows))
+    centred = weighted - np.multiply.outer(weights, total / rows)
+    return np.asarray(centred / np.sqrt(rows))
 
 
 def _dataset(
@@ -242,13 +264,13 @@ def _dataset(
     curves: np.ndarray,
     kl: np.ndarray,
     tau: float,
-) -> Any:
+) -> xarray.Dataset:
     import xarray
 
     dims = ("pair", "path", "depth", "output", "step")
     distance, mirror, ratio = curves
     n_layer = sweep.replay.config.n_layer
-    data = {
+    data: Variables = {
         "distance": (dims, distance),
         "mirror": (dims, mirror),
         "ratio": (dims, ratio),

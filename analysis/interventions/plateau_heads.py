@@ -6,7 +6,7 @@ Shapes: P pairs, S steps, N heads, L earlier positions, H d_head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from headwater.analysis.interventions.plateau import Sweep, check_depths
 from headwater.analysis.interventions.plateau_paths import make_path, own_score
 from headwater.analysis.interventions.prompts import Pair
 from headwater.analysis.interventions.replay import Replay
+
+if TYPE_CHECKING:
+    import xarray
 
 TERMS = ("pattern", "value", "cross")
 MOVED = ("query", "key", "both")
@@ -31,7 +34,7 @@ CONVENTIONS = (
 
 def head_response(
     replay: Replay, pairs: Sequence[Pair], depths: Sequence[int] | None = None, n_steps: int = 50
-) -> Any:
+) -> xarray.Dataset:
     """Follow every head along straight paths; return a dataset of CONVENTIONS' quantities."""
     import xarray
 
@@ -50,8 +53,10 @@ def head_response(
                 x = sweep.place(depth, part, make_path(a[part], b[part], alpha, "linear"))
                 replay.run(x, depth, sweep.a.before(part), look=watch)
     aa, ab, ba, bb, curvature = ends
-    both = own_score(sweep.alpha, aa, ab, ba, bb)
-    scores = np.stack([_line(sweep.alpha, aa, ba), _line(sweep.alpha, aa, ab), both], -2)
+    query_moves = _line(sweep.alpha, aa, ba)
+    key_moves = _line(sweep.alpha, aa, ab)
+    both_move = own_score(sweep.alpha, aa, ab, ba, bb)
+    scores = np.stack([query_moves, key_moves, both_move], -2)
     by_head = ("pair", "depth", "layer", "head")
     at_depth = ("pair", "depth", "head")
     data = {
@@ -85,14 +90,16 @@ class _Watch:
     def __init__(self, sweep: Sweep, depths: Sequence[int]) -> None:
         c = sweep.replay.config
         n_steps = len(sweep.alpha)
+        n_keys = int(sweep.a.lengths.max())
         size = (sweep.n, len(depths), c.n_layer, c.n_head)
+        at_depth = (sweep.n, len(depths), c.n_head, n_steps)
+        first_pair = (len(depths), c.n_head, n_steps, n_keys)
         self.changes = np.full((2, *size, n_steps), np.nan, np.float32)
         self.terms = np.full((2, *size, len(TERMS), n_steps), np.nan, np.float32)
-        self.own = np.full((2, sweep.n, len(depths), c.n_head, n_steps), np.nan)
-        self.picture = np.full(
-            (2, len(depths), c.n_head, n_steps, int(sweep.a.lengths.max())), np.nan, np.float32
-        )
-        self._sweep, self._seen = sweep, dict[str, torch.Tensor]()
+        self.own = np.full((2, *at_depth), np.nan)
+        self.picture = np.full((2, *first_pair), np.nan, np.float32)
+        self._sweep = sweep
+        self._seen: dict[str, torch.Tensor] = {}
 
     def place(self, at: int, depth: int, part: slice) -> None:
         """Say which depth (the `at`-th) and which pairs come next."""
@@ -104,21 +111,25 @@ class _Watch:
         """Receive a site [P, S, N, 1, …]."""
         if site not in ("v", "attn_scores", "pattern", "z"):
             return
-        now = self._seen[site] = value[:, :, :, -1]
-        kind = {"attn_scores": 0, "pattern": 1}.get(site)
-        if kind is not None and layer == self._depth:
+        now = value[:, :, :, -1]
+        self._seen[site] = now
+        if layer == self._depth and site in ("attn_scores", "pattern"):
+            kind = int(site == "pattern")
             self.own[kind, self._part, self._at] = now[..., -1].transpose(1, 2).numpy()
             if self._part.start == 0:
                 self.picture[kind, self._at] = now[0].transpose(0, 1).numpy()
         if site == "z":
             prefix = self._sweep.a.before(self._part)
-            earlier = None if prefix is None else prefix.values[layer]
+            earlier = None
+            if prefix is not None:
+                earlier = prefix.values[layer]
             found = _split(self._seen["pattern"], self._seen["v"], now, earlier)
             for target, part in zip((*self.changes, *self.terms), found, strict=True):
                 target[self._part, self._at, layer] = part.numpy()
 
 
 def _line(alpha: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Return the straight line between two values, [..., S]."""
     return np.asarray((1 - alpha) * start[..., None] + alpha * end[..., None])
 
 
@@ -129,28 +140,28 @@ def _split(
     earlier_PNLH: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return total variation and |Δz| as [P, N, S], and norms and shares of the three terms as [P, N, 3, S]."""
-    moved = pattern_PSNK - pattern_PSNK[:, :1]
-    value = own_PSNH - own_PSNH[:, :1]
-    before = (
-        0.0
-        if earlier_PNLH is None
-        else torch.einsum("psnk,pnkh->psnh", moved[..., :-1], earlier_PNLH)
-    )
-    three = torch.stack(
-        [
-            before + moved[..., -1:] * own_PSNH[:, :1],
-            pattern_PSNK[:, :1, :, -1:] * value,
-            moved[..., -1:] * value,
-        ]
-    )
-    delta = z_PSNH - z_PSNH[:, :1]
-    square = delta.square().sum(-1)
-    share = torch.where(square > 0, (three * delta).sum(-1) / square, torch.nan)
-    norms = torch.linalg.vector_norm(three, dim=-1)
-    total = moved.abs().sum(-1) / 2
+    # z = P V, so Δz = ΔP V(0) + P(0) ΔV + ΔP ΔV exactly. Only the position's own value moves: ΔV has one row.
+    pattern_change = pattern_PSNK - pattern_PSNK[:, :1]
+    own_change = own_PSNH - own_PSNH[:, :1]
+    mine_change = pattern_change[..., -1:]
+    by_pattern = mine_change * own_PSNH[:, :1]
+    if earlier_PNLH is not None:
+        by_earlier = torch.einsum("psnk,pnkh->psnh", pattern_change[..., :-1], earlier_PNLH)
+        by_pattern = by_earlier + by_pattern
+    by_value = pattern_PSNK[:, :1, :, -1:] * own_change
+    crossed = mine_change * own_change
+    terms_3PSNH = torch.stack([by_pattern, by_value, crossed])
+
+    # The shares ⟨term, Δz⟩ / ‖Δz‖² add up to 1.
+    delta_PSNH = z_PSNH - z_PSNH[:, :1]
+    square_PSN = delta_PSNH.square().sum(-1)
+    along = (terms_3PSNH * delta_PSNH).sum(-1)
+    share = torch.where(square_PSN > 0, along / square_PSN, torch.nan)
+    norms = torch.linalg.vector_norm(terms_3PSNH, dim=-1)
+    variation = pattern_change.abs().sum(-1) / 2
     return (
-        total.transpose(1, 2),
-        square.sqrt().transpose(1, 2),
+        variation.transpose(1, 2),
+        square_PSN.sqrt().transpose(1, 2),
         norms.permute(1, 3, 0, 2),
         share.permute(1, 3, 0, 2),
     )
@@ -161,16 +172,22 @@ def _own_ends(replay: Replay, depth: int, a_PD: torch.Tensor, b_PD: torch.Tensor
     c = replay.config
     w = replay.weights
     name = f"h.{depth}."
-    deviation = (a_PD.var(-1, correction=0, keepdim=True) + c.layer_norm_epsilon).sqrt()
+    variance = a_PD.var(-1, correction=0, keepdim=True)
+    deviation = (variance + c.layer_norm_epsilon).sqrt()
 
     def project(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        normed = (x - x.mean(-1, keepdim=True)) / deviation * w[name + "ln_1.weight"] + w[
-            name + "ln_1.bias"
-        ]
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred / deviation * w[name + "ln_1.weight"] + w[name + "ln_1.bias"]
         qkv = normed @ w[name + "attn.c_attn.weight"] + w[name + "attn.c_attn.bias"]
         q, k, _ = (part.view(-1, c.n_head, c.d_head) for part in qkv.chunk(3, -1))
         return q * replay.scale(depth), k
 
-    (q_a, k_a), (q_b, k_b) = project(a_PD), project(b_PD)
-    scores = [(q * k).sum(-1) for q in (q_a, q_b) for k in (k_a, k_b)]
-    return torch.stack([*scores, 2 * ((q_b - q_a) * (k_b - k_a)).sum(-1)])
+    q_a, k_a = project(a_PD)
+    q_b, k_b = project(b_PD)
+    s_aa = (q_a * k_a).sum(-1)
+    s_ab = (q_a * k_b).sum(-1)
+    s_ba = (q_b * k_a).sum(-1)
+    s_bb = (q_b * k_b).sum(-1)
+    # The second derivative of own_score by α: 2 (s_AA − s_AB − s_BA + s_BB) = 2 Δq · Δk.
+    curvature = 2 * ((q_b - q_a) * (k_b - k_a)).sum(-1)
+    return torch.stack([s_aa, s_ab, s_ba, s_bb, curvature])

@@ -7,7 +7,7 @@ is affine and d(α) = α exactly. Shapes: P pairs, S steps, D d_model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +16,11 @@ from headwater.analysis.interventions.plateau import Sweep, check_depths, over_p
 from headwater.analysis.interventions.plateau_paths import TAU, make_path, sharpness, width
 from headwater.analysis.interventions.prompts import Pair
 from headwater.analysis.interventions.replay import SWITCHES, Replay, Switch
+
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.analysis.engine.results import Variables
 
 SCENARIOS: dict[str, tuple[str, ...]] = {
     "nothing held": (),
@@ -50,7 +55,7 @@ def attribute(
     n_last: int = 1,
     tau: float = TAU,
     by_layer: bool = True,
-) -> Any:
+) -> xarray.Dataset:
     """Return widths and sharpness by scenario, and by switch and layer, for straight paths of pairs."""
     import xarray
 
@@ -82,7 +87,7 @@ def attribute(
                     layers[0, part, i, j, layer] = width(d, back, sweep.alpha, tau)
                     layers[1, part, i, j, layer] = sharpness(d, sweep.alpha)
     dims = ("pair", "depth", "scenario", "out", "step")
-    data: dict[str, Any] = {
+    data: Variables = {
         "curve": (dims, curve),
         "width": (dims[:-1], width(curve, mirror, sweep.alpha, tau)),
         "sharpness": (dims[:-1], sharpness(curve, sweep.alpha)),
@@ -112,7 +117,7 @@ def jacobian(
     n_steps: int = 11,
     n_probes: int = 8,
     seed: int = 0,
-) -> Any:
+) -> xarray.Dataset:
     """Measure the Jacobian of the last residual with respect to the moved one along straight paths.
 
     along: ‖J (b − a)‖/‖b − a‖, exact. frobenius: ‖J‖_F, from `n_probes` random normal output directions v as the mean
@@ -124,7 +129,9 @@ def jacobian(
     sweep = Sweep(replay, pairs, n_steps)
     alpha = torch.from_numpy(sweep.alpha).to(replay.dtype)
     rng = np.random.default_rng(seed)
-    along, square, error = (np.full((len(pairs), n_steps), np.nan) for _ in range(3))
+    along = np.full((len(pairs), n_steps), np.nan)
+    square = along.copy()
+    error = along.copy()
     a, b = sweep.ends(depth)
     for part in sweep.parts():
         x = sweep.place(depth, part, make_path(a[part], b[part], alpha, "linear"))
@@ -135,22 +142,21 @@ def jacobian(
         step = (b - a)[part][:, None, None].expand_as(x)
         tangent: torch.Tensor = torch.func.jvp(last, (x,), (step.contiguous(),))[1]
         length = torch.linalg.vector_norm(step, dim=-1)
-        along[part] = (torch.linalg.vector_norm(tangent, dim=-1) / length)[..., 0].numpy()
+        stretched = torch.linalg.vector_norm(tangent, dim=-1) / length
+        along[part] = stretched[..., 0].numpy()
+
+        # E ‖Jᵀv‖² = ‖J‖_F² for v ~ N(0, I) (Hutchinson 1989).
         out, pull, *_ = torch.func.vjp(last, x)
-        norms = np.stack(
-            [
-                pull(torch.from_numpy(rng.standard_normal(tuple(out.shape))).to(out))[0]
-                .square()
-                .sum(-1)[..., 0]
-                .numpy()
-                for _ in range(n_probes)
-            ]
-        )
-        square[part], error[part] = (
-            norms.mean(0),
-            norms.std(0, ddof=1) / np.sqrt(n_probes) if n_probes > 1 else np.nan,
-        )
+        squares = []
+        for _ in range(n_probes):
+            probe = torch.from_numpy(rng.standard_normal(tuple(out.shape))).to(out)
+            pulled = pull(probe)[0]
+            squares.append(pulled.square().sum(-1)[..., 0].numpy())
+        square[part] = np.mean(squares, 0)
+        if n_probes > 1:
+            error[part] = np.std(squares, 0, ddof=1) / np.sqrt(n_probes)
     dims = ("pair", "step")
+    # d‖J‖ = d(‖J‖²) / 2‖J‖ carries the error over to the root.
     data = {
         "along": (dims, along),
         "frobenius": (dims, np.sqrt(square)),

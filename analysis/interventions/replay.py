@@ -33,8 +33,11 @@ class Prefix:
 
     def of(self, prompts: slice) -> Prefix:
         """Return the prefix of some prompts."""
-        hidden = None if self.hidden is None else self.hidden[prompts]
-        return Prefix([k[prompts] for k in self.keys], [v[prompts] for v in self.values], hidden)
+        keys = [k[prompts] for k in self.keys]
+        values = [v[prompts] for v in self.values]
+        if self.hidden is None:
+            return Prefix(keys, values)
+        return Prefix(keys, values, self.hidden[prompts])
 
 
 @dataclass
@@ -54,21 +57,29 @@ class Replay:
     def __init__(self, checkpoint: Checkpoint, compute: str = "fp32") -> None:
         if compute not in DTYPES:
             raise ValueError(f"compute is {compute!r}; expected one of {', '.join(DTYPES)}.")
-        self.config, self.dtype = checkpoint.config, DTYPES[compute]
+        self.config = checkpoint.config
+        self.dtype = DTYPES[compute]
         self.weights = {name: tensor.to(self.dtype) for name, tensor in checkpoint.tensors.items()}
-        self.unembedding = self.weights["wte.weight" if self.config.tied else "lm_head.weight"].T
+        unembedding = "lm_head.weight"
+        if self.config.tied:
+            unembedding = "wte.weight"
+        self.unembedding = self.weights[unembedding].T
         self.activation = SMOOTH[self.config.activation]
 
     def scale(self, layer: int) -> float:
         """Return the factor on q·k at a layer."""
-        scale = 1 / math.sqrt(self.config.d_head) if self.config.scale_attn_weights else 1.0
-        return scale / (layer + 1) if self.config.scale_attn_by_inverse_layer_idx else scale
+        scale = 1.0
+        if self.config.scale_attn_weights:
+            scale = 1 / math.sqrt(self.config.d_head)
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale = scale / (layer + 1)
+        return scale
 
     def embed(self, tokens_PT: torch.Tensor) -> torch.Tensor:
         """Return depth 0 of prompts that begin at position 0, [P, T, D]."""
-        return (
-            self.weights["wte.weight"][tokens_PT] + self.weights["wpe.weight"][: tokens_PT.shape[1]]
-        )
+        tokens = self.weights["wte.weight"][tokens_PT]
+        positions = self.weights["wpe.weight"][: tokens_PT.shape[1]]
+        return tokens + positions
 
     def run(
         self,
@@ -87,8 +98,10 @@ class Replay:
         pattern [P, S, N, R, L + R], attn_out, resid_mid, mlp_pre, mlp_post, mlp_out, ln1_scale, ln2_scale by layer.
         """
         see = _see(look)
+        if last is None:
+            last = self.config.n_layer
         x = see("resid", depth, x_PSRD)
-        for layer in range(depth, self.config.n_layer if last is None else last):
+        for layer in range(depth, last):
             held = {name for name in SWITCHES if (name, layer) in switches}
             x = self._layer(layer, x, prefix, held, point, see)
             x = see("resid", layer + 1, x)
@@ -122,23 +135,28 @@ class Replay:
             assert point is not None
             return point.values[site, layer]
 
+        def kept_if(switch: str, site: str) -> torch.Tensor | None:
+            if switch not in held:
+                return None
+            return kept(site)
+
         b = f"h.{layer}."
         if "attn_out" in held:
             x = x + kept("attn_out")
         else:
-            scale = kept("ln1_scale") if "ln_scale" in held else None
+            scale = kept_if("ln_scale", "ln1_scale")
             normed = self._norm(b + "ln_1", x, scale, "ln1_scale", layer, see)
-            z = self._attention(
-                layer, normed, prefix, kept("pattern") if "pattern" in held else None, see
-            )
+            pattern = kept_if("pattern", "pattern")
+            z = self._attention(layer, normed, prefix, pattern, see)
             x = x + see("attn_out", layer, self._linear(b + "attn.c_proj", z))
         x = see("resid_mid", layer, x)
         if "mlp_out" in held:
             return x + kept("mlp_out")
-        scale = kept("ln2_scale") if "ln_scale" in held else None
+        scale = kept_if("ln_scale", "ln2_scale")
         normed = self._norm(b + "ln_2", x, scale, "ln2_scale", layer, see)
         pre = see("mlp_pre", layer, self._linear(b + "mlp.c_fc", normed))
         if "mlp_linear" in held:
+            # The tangent at the point: f(p) + f′(p) (x − p).
             post = kept("mlp_post") + kept("slope") * (pre - kept("mlp_pre"))
         else:
             post = self.activation(pre)
@@ -148,59 +166,69 @@ class Replay:
     def _attention(
         self,
         layer: int,
-        normed: torch.Tensor,
+        normed_PSRD: torch.Tensor,
         prefix: Prefix | None,
         kept: torch.Tensor | None,
         see: See,
     ) -> torch.Tensor:
-        c, (p, s, r, _) = self.config, normed.shape
-        q, k, v = self._linear(f"h.{layer}.attn.c_attn", normed).chunk(3, -1)
-        q, k, v = (
-            t.reshape(p, s, r, c.n_head, c.d_head).transpose(2, 3) for t in (q, k, v)
-        )  # [P, S, N, R, H]
-        q, k, v = (see(site, layer, value) for site, value in (("q", q), ("k", k), ("v", v)))
-        n_before = 0 if prefix is None else prefix.keys[layer].shape[2]
+        """Return the heads' outputs side by side, [P, S, R, D]; `kept` is a pattern to use in place of the softmax."""
+        c = self.config
+        p, s, r, _ = normed_PSRD.shape
+
+        def by_head(value_PSRD: torch.Tensor) -> torch.Tensor:
+            return value_PSRD.reshape(p, s, r, c.n_head, c.d_head).transpose(2, 3)
+
+        q, k, v = self._linear(f"h.{layer}.attn.c_attn", normed_PSRD).chunk(3, -1)
+        q_PSNRH = see("q", layer, by_head(q))
+        k_PSNRH = see("k", layer, by_head(k))
+        v_PSNRH = see("v", layer, by_head(v))
         if kept is None:
-            q = q * self.scale(layer)
-            own = q @ k.transpose(-1, -2) if r > 1 else (q * k).sum(-1, keepdim=True)
-            if r > 1:
-                own = own.masked_fill(
-                    torch.ones(r, r, dtype=torch.bool, device=own.device).triu(1), -torch.inf
-                )
-            scores = (
-                own if prefix is None else torch.cat([self._against(q, prefix, layer), own], -1)
-            )
+            scaled = q_PSNRH * self.scale(layer)
+            scores = self._own_scores(scaled, k_PSNRH)
+            if prefix is not None:
+                earlier = self._against(scaled, prefix, layer)
+                scores = torch.cat([earlier, scores], -1)
             scores = see("attn_scores", layer, scores)
             pattern = torch.softmax(scores, -1)
         else:
             pattern = kept.expand(p, s, *kept.shape[2:])
         pattern = see("pattern", layer, pattern)
+        n_before = pattern.shape[-1] - r
         mine = pattern[..., n_before:]
-        z = mine @ v if r > 1 else mine * v
+        # For one position the pattern is a factor, which costs less than a batch of products of 1 × 1 matrices.
+        z = mine * v_PSNRH if r == 1 else mine @ v_PSNRH
         if prefix is not None:
-            rows = pattern[..., :n_before].transpose(1, 2).reshape(p * c.n_head, s * r, n_before)
-            earlier = torch.bmm(
-                rows, prefix.values[layer].reshape(p * c.n_head, n_before, c.d_head)
-            )
-            z = z + earlier.view(p, c.n_head, s, r, c.d_head).transpose(1, 2)
+            z = z + self._from_before(pattern[..., :n_before], prefix, layer)
         z = see("z", layer, z)
         return z.transpose(2, 3).reshape(p, s, r, c.d_model)
+
+    def _own_scores(self, q_PSNRH: torch.Tensor, k_PSNRH: torch.Tensor) -> torch.Tensor:
+        """Return the causal scores of the recomputed positions with one another, [P, S, N, R, R]."""
+        r = q_PSNRH.shape[3]
+        if r == 1:
+            return (q_PSNRH * k_PSNRH).sum(-1, keepdim=True)
+        scores = q_PSNRH @ k_PSNRH.transpose(-1, -2)
+        later = torch.ones(r, r, dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill(later, -torch.inf)
+
+    def _from_before(self, pattern_PSNRL: torch.Tensor, prefix: Prefix, layer: int) -> torch.Tensor:
+        """Return what the positions before give to z, [P, S, N, R, H]."""
+        p, s, n, r, n_before = pattern_PSNRL.shape
+        # All steps of a prompt share its values: their rows are one matrix, and the values are not repeated.
+        rows = pattern_PSNRL.transpose(1, 2).reshape(p * n, s * r, n_before)
+        values = prefix.values[layer].reshape(p * n, n_before, self.config.d_head)
+        return torch.bmm(rows, values).view(p, n, s, r, -1).transpose(1, 2)
 
     def _against(self, q_PSNRH: torch.Tensor, prefix: Prefix, layer: int) -> torch.Tensor:
         """Return the scores against the keys before, [P, S, N, R, L]."""
         p, s, n, r, h = q_PSNRH.shape
-        keys = prefix.keys[layer]
         rows = q_PSNRH.transpose(1, 2).reshape(p * n, s * r, h)
-        scores = (
-            torch.bmm(rows, keys.reshape(p * n, -1, h).transpose(1, 2))
-            .view(p, n, s, r, -1)
-            .transpose(1, 2)
-        )
-        return (
-            scores
-            if prefix.hidden is None
-            else scores.masked_fill(prefix.hidden[:, None, None, None], -torch.inf)
-        )
+        keys = prefix.keys[layer].reshape(p * n, -1, h)
+        products = torch.bmm(rows, keys.transpose(1, 2))
+        scores = products.view(p, n, s, r, -1).transpose(1, 2)
+        if prefix.hidden is None:
+            return scores
+        return scores.masked_fill(prefix.hidden[:, None, None, None], -torch.inf)
 
     def _norm(
         self,
@@ -224,15 +252,21 @@ class Replay:
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight = self.weights[f"{name}.weight"]
         bias = self.weights[f"{name}.bias"]
-        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(
-            *x.shape[:-1], weight.shape[1]
-        )
+        rows = x.reshape(-1, x.shape[-1])
+        product = torch.addmm(bias, rows, weight)
+        return product.view(*x.shape[:-1], weight.shape[1])
 
 
 def _see(look: Look | None) -> See:
+    """Return what passes every site by `look` and hands on what is to be used."""
+
     def see(site: str, layer: int, value: torch.Tensor) -> torch.Tensor:
-        new = None if look is None else look(site, layer, value)
-        return value if new is None else new
+        if look is None:
+            return value
+        new = look(site, layer, value)
+        if new is None:
+            return value
+        return new
 
     return see
 
@@ -242,12 +276,13 @@ class Prompts:
 
     def __init__(self, replay: Replay, ids: Sequence[Sequence[int]], n_last: int = 1) -> None:
         lengths = torch.tensor([len(row) for row in ids])
-        if int(lengths.min()) < n_last or int(lengths.max()) > replay.config.n_ctx:
+        width = int(lengths.max())
+        if int(lengths.min()) < n_last or width > replay.config.n_ctx:
             raise ValueError(
-                f"prompts have {int(lengths.min())} to {int(lengths.max())} tokens; expected from {n_last} (the "
+                f"prompts have {int(lengths.min())} to {width} tokens; expected from {n_last} (the "
                 f"positions that are computed again) to {replay.config.n_ctx} (the model's context)."
             )
-        width = int(lengths.max())
+        # Padding at the right end is seen by no real position: attention is causal.
         tokens = torch.zeros(len(ids), width, dtype=torch.int64)
         for row, values in zip(tokens, ids, strict=True):
             row[: len(values)] = torch.tensor(values)
@@ -255,29 +290,28 @@ class Prompts:
         self.tokens = tokens
         self.lengths = lengths
         self.n_last = n_last
-        keys: list[torch.Tensor] = []
-        values_: list[torch.Tensor] = []
-        states: list[torch.Tensor] = []
-        places = (lengths - n_last)[:, None] + torch.arange(n_last)
+        self.states: list[torch.Tensor] = []
+        n_before = width - n_last
+        first_again = lengths - n_last
+        places = first_again[:, None] + torch.arange(n_last)
         rows = torch.arange(len(ids))[:, None]
+        kept: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
 
         def look(site: str, layer: int, value: torch.Tensor) -> None:
-            if site in ("k", "v"):
-                (keys if site == "k" else values_).append(
-                    value[:, 0, :, : width - n_last].contiguous()
-                )
+            if site in kept:
+                before = value[:, 0, :, :n_before]
+                kept[site].append(before.contiguous())
             elif site == "resid":
-                states.append(value[:, 0][rows, places].unsqueeze(1))
+                self.states.append(value[:, 0][rows, places].unsqueeze(1))
 
         with torch.no_grad():
             replay.run(replay.embed(tokens)[:, None], 0, look=look)
-        self.states = states
-        hidden = torch.arange(width - n_last) >= (lengths - n_last)[:, None]
-        self.prefix = (
-            Prefix(keys, values_, hidden if bool(hidden.any()) else None)
-            if width > n_last
-            else None
-        )
+        self.prefix: Prefix | None = None
+        if n_before:
+            hidden = torch.arange(n_before) >= first_again[:, None]
+            self.prefix = Prefix(kept["k"], kept["v"])
+            if bool(hidden.any()):
+                self.prefix.hidden = hidden
 
     def point(self, depth: int, prompts: slice) -> Point:
         """Run from a depth on once more and keep what the switches need, of some prompts."""
@@ -293,4 +327,6 @@ class Prompts:
 
     def before(self, prompts: slice) -> Prefix | None:
         """Return the prefix of some prompts."""
-        return None if self.prefix is None else self.prefix.of(prompts)
+        if self.prefix is None:
+            return None
+        return self.prefix.of(prompts)
