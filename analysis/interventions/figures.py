@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import xarray
 
-def headline(dataset: Any) -> dict[str, Any]:
+# A figure as it is computed, and as it is shown, in JSON values; NaN is None.
+Number = float | np.ndarray | list[float]
+Figures = dict[str, str | Number]
+Shown = str | float | None | list[float | None]
+
+
+def headline(dataset: xarray.Dataset) -> dict[str, Shown]:
     """Return labels and numbers (or short lists) of a plateau, patch, ablate, effects or repeated result."""
-    return {
-        name: _plain(value) for name, value in _MAKERS[dataset.attrs["analysis"]](dataset).items()
-    }
+    figures = _MAKERS[dataset.attrs["analysis"]](dataset)
+    return {name: _plain(value) for name, value in figures.items()}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: str | Number) -> Shown:
     if isinstance(value, str):
         return value
-    values = [None if np.isnan(v) else float(f"{float(v):.4g}") for v in np.ravel(value)]
-    return values[0] if np.ndim(value) == 0 else values
+    values = [_rounded(number) for number in np.ravel(value)]
+    if np.ndim(value) == 0:
+        return values[0]
+    return values
 
 
-def _plateau(d: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _rounded(number: float) -> float | None:
+    """Return a number with four digits that count, or None for NaN, which JSON has not."""
+    if np.isnan(number):
+        return None
+    return float(f"{float(number):.4g}")
+
+
+def _plateau(d: xarray.Dataset) -> Figures:
+    found: Figures = {
         "depths": " ".join(map(str, d.depth.values)),
         "a line has width": 2 * d.attrs["tau"],
     }
@@ -34,8 +50,8 @@ def _plateau(d: Any) -> dict[str, Any]:
     return found
 
 
-def _parts(d: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _parts(d: xarray.Dataset) -> Figures:
+    found: Figures = {}
     for name in d.scenario.values:
         one = d.sel(scenario=name, out="logits")
         found[f"width, {name}"] = one.width_mean.values
@@ -43,40 +59,41 @@ def _parts(d: Any) -> dict[str, Any]:
     return found
 
 
-def _heads(d: Any) -> dict[str, Any]:
+def _heads(d: xarray.Dataset) -> Figures:
     share = d.term_share.isel(step=-1).mean(("pair", "layer", "head"), skipna=True)
-    found = {
-        f"share of the {term} term": share.sel(term_of=term).values for term in d.term_of.values
-    }
+    found: Figures = {}
+    for term in d.term_of.values:
+        found[f"share of the {term} term"] = share.sel(term_of=term).values
     found["mean |curvature| of own scores"] = np.abs(d.curvature).mean(("pair", "head")).values
     return found
 
 
-def _jacobian(d: Any) -> dict[str, Any]:
+def _jacobian(d: xarray.Dataset) -> Figures:
     return {
         "along the path": d.along.mean("pair").values,
         "Frobenius": d.frobenius.mean("pair").values,
     }
 
 
-def _patch(d: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "clean logit difference": d.clean_logit_difference.mean(),
-        "corrupt logit difference": d.corrupt_logit_difference.mean(),
+def _patch(d: xarray.Dataset) -> Figures:
+    found: Figures = {
+        "clean logit difference": d.clean_logit_difference.mean().values,
+        "corrupt logit difference": d.corrupt_logit_difference.mean().values,
     }
-    for name in (str(name) for name, value in d.data_vars.items() if "position" in value.dims):
-        mean = d[name].mean("pair").values
-        if np.isfinite(mean).any():
-            at = np.unravel_index(np.nanargmax(mean), mean.shape)
-            place = ", ".join(
-                f"{dim} {d[dim].values[i]}" for dim, i in zip(d[name].dims[1:], at, strict=True)
-            )
-            found[f"most restored by {name}"] = f"{mean[at]:.3f} at {place}"
+    for name, restored in d.data_vars.items():
+        if "position" not in restored.dims:
+            continue
+        mean = restored.mean("pair")
+        if not np.isfinite(mean).any():
+            continue
+        at = np.unravel_index(np.nanargmax(mean.values), mean.shape)
+        place = [f"{dim} {d[dim].values[i]}" for dim, i in zip(mean.dims, at, strict=True)]
+        found[f"most restored by {name}"] = f"{mean.values[at]:.3f} at {', '.join(place)}"
     return found
 
 
-def _ablate(d: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"scales": d.scale.values, "loss unchanged": d.loss_unchanged}
+def _ablate(d: xarray.Dataset) -> Figures:
+    found: Figures = {"scales": d.scale.values, "loss unchanged": d.loss_unchanged.values}
     for target in d.target.values[:12]:
         one = d.sel(target=target)
         found[f"loss, {target}"] = one.loss.values
@@ -84,29 +101,30 @@ def _ablate(d: Any) -> dict[str, Any]:
         found[f"error of the change of the loss, {target}"] = one.loss_change_error.values
         if "dloss" in d:
             found[f"dloss, {target}"] = [float(one.dloss), float(one.dloss_check)]
-            found[f"error of dloss, {target}"] = one.dloss_error
+            found[f"error of dloss, {target}"] = one.dloss_error.values
             rising = (one.dshare > 0).mean("head").values
             found[f"heads whose share rises, {target}"] = rising
     return found
 
 
-def _effects(d: Any) -> dict[str, Any]:
+def _effects(d: xarray.Dataset) -> Figures:
     heads = d.total.stack(place=("layer", "head"))
     order = np.argsort(-heads.values)[:5]
-    named = [
-        f"L{int(heads['layer'][i])}H{int(heads['head'][i])} {float(heads[i]):.3g}" for i in order
-    ]
+    named = []
+    for i in order:
+        layer, head = heads.place.values[i]
+        named.append(f"L{layer}H{head} {float(heads[i]):.3g}")
     return {
-        "loss": d.loss,
+        "loss": d.loss.values,
         "direct, MLP by layer": d.direct_mlp.values,
         "total, MLP by layer": d.total_mlp.values,
         "total, five heads": ", ".join(named),
     }
 
 
-def _repeated(d: Any) -> dict[str, Any]:
+def _repeated(d: xarray.Dataset) -> Figures:
     last = d.isel(length=-1)
-    found: dict[str, Any] = {}
+    found: Figures = {}
     for start in d.start.values:
         for name in d.repeated.values[:8]:
             one = last.sel(start=start, repeated=name)

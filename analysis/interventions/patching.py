@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,13 +21,22 @@ from headwater.extractor.model.forward import Model
 from headwater.extractor.model.hook import RecordHook
 from headwater.extractor.model.tap import NoTap, Tap
 from headwater.extractor.model.walk import Micro, walk_layers
-from headwater.extractor.model.weights import Checkpoint
+from headwater.extractor.model.weights import Checkpoint, ModelConfig
 from headwater.extractor.sites import SITES
 from headwater.kernels.mask import RowBlock
 
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.analysis.engine.results import Variables
+
 PATCHABLE = ("resid", "resid_mid", "attn_out", "mlp_out", "q", "k", "v", "z", "mlp_pre", "mlp_post")
 HEADS = ("q", "k", "v", "z")
+
+# Of a batch of patched rows, each a whole prompt.
 POSITIONS_AT_ONCE = 4096
+
+# A smaller difference of the two prompts is rounding, and nothing can be restored of it.
 LEAST = 1e-5
 CONVENTIONS = (
     "Each line has a clean and a corrupt prompt of equal length, an answer and a wrong token. LD = logit(answer) − "
@@ -56,14 +65,14 @@ def read_cases(pairs: Sequence[Pair], reader: Reader) -> list[Case]:
                 f"pair {i} ({pair.label}) has {len(pair.a)} clean and {len(pair.b)} corrupt tokens; patching goes "
                 "position by position, so both need as many."
             )
-        if missing := {"answer", "wrong"} - set(pair.more):
-            raise ValueError(
-                f"pair {i} ({pair.label}) has no {sorted(missing)[0]!r}; give the right and the wrong next token, each "
-                "one token."
-            )
-        answer, wrong = (
-            reader.one(pair.more[name], f"pair {i}, {name}") for name in ("answer", "wrong")
-        )
+        for name in ("answer", "wrong"):
+            if name not in pair.more:
+                raise ValueError(
+                    f"pair {i} ({pair.label}) has no {name!r}; give the right and the wrong next token, each "
+                    "one token."
+                )
+        answer = reader.one(pair.more["answer"], f"pair {i}, answer")
+        wrong = reader.one(pair.more["wrong"], f"pair {i}, wrong")
         cases.append(Case(pair, answer, wrong))
     return cases
 
@@ -121,7 +130,7 @@ def patch(
     layers: Sequence[int] | None = None,
     edits: Sequence[Edit] = (),
     compute: str = "fp32",
-) -> Any:
+) -> xarray.Dataset:
     """Patch every position of every site and layer; return `restored` by site as a dataset.
 
     `restored` is [pair, layer, position] for each site (resid: depth), by head as well for q, k, v and z where `heads`.
@@ -135,30 +144,30 @@ def patch(
     model = Model(checkpoint, compute)
     c = checkpoint.config
     n = max(len(case.pair.a) for case in cases)
-    data: dict[str, Any] = {}
-    ld = np.full((2, len(cases)), np.nan)
+    data: Variables = {}
     for site in sites:
-        n_at = c.n_layer + (SITES[site].axis == "depth")
-        shape = [len(cases), n_at, n, *([c.n_head] if heads and site in HEADS else [])]
-        dims = [
-            "pair",
-            str(SITES[site].axis),
-            "position",
-            *(["head"] if heads and site in HEADS else []),
-        ]
-        data[site] = (dims, np.full(shape, np.nan, np.float32))
+        dims = ["pair", str(SITES[site].axis), "position"]
+        shape = [len(cases), _n_at(site, c), n]
+        if heads and site in HEADS:
+            dims.append("head")
+            shape.append(c.n_head)
+        data[site] = tuple(dims), np.full(shape, np.nan, np.float32)
+    clean_ld = np.full(len(cases), np.nan)
+    corrupt_ld = np.full(len(cases), np.nan)
     for i, case in enumerate(cases):
         one = _Case(model, checkpoint, case, sites, edits)
-        ld[:, i] = one.clean_ld, one.corrupt_ld
+        clean_ld[i] = one.clean_ld
+        corrupt_ld[i] = one.corrupt_ld
+        span = one.clean_ld - one.corrupt_ld
+        if abs(span) < LEAST:
+            span = np.nan
         for site in sites:
-            target = data[site][1]
-            span = one.clean_ld - one.corrupt_ld
-            for at in range(target.shape[1]):
+            restored = data[site][1]
+            for at in range(restored.shape[1]):
                 if layers is not None and at not in layers:
                     continue
-                found = one.patched(site, at, target.ndim == 4)
-                whole = span if abs(span) >= LEAST else np.nan
-                target[i, at, n - found.shape[0] :] = (found - one.corrupt_ld) / whole
+                patched = one.patched(site, at, by_head=restored.ndim == 4)
+                restored[i, at, n - len(patched) :] = (patched - one.corrupt_ld) / span
     coords = {
         "pair": [case.pair.label for case in cases],
         "position": np.arange(-n, 0),
@@ -166,14 +175,23 @@ def patch(
         "depth": np.arange(c.n_layer + 1),
         "head": np.arange(c.n_head),
     }
-    data |= {"clean_logit_difference": ("pair", ld[0]), "corrupt_logit_difference": ("pair", ld[1])}
+    data["clean_logit_difference"] = "pair", clean_ld
+    data["corrupt_logit_difference"] = "pair", corrupt_ld
     attributes = {"analysis": "patch", "conventions": CONVENTIONS, "edits": [str(e) for e in edits]}
     return xarray.Dataset(data, coords, attributes)
 
 
+def _n_at(site: str, config: ModelConfig) -> int:
+    """Return at how many depths or layers a site can be patched."""
+    if SITES[site].axis == "depth":
+        return config.n_layer + 1
+    return config.n_layer
+
+
 def _check(sites: Sequence[str], heads: bool, edits: Sequence[Edit]) -> None:
-    if bad := [site for site in sites if site not in PATCHABLE]:
-        raise ValueError(f"--sites has {bad[0]}; expected some of {', '.join(PATCHABLE)}.")
+    for site in sites:
+        if site not in PATCHABLE:
+            raise ValueError(f"--sites has {site}; expected some of {', '.join(PATCHABLE)}.")
     if heads and not set(sites) & set(HEADS):
         raise ValueError(f"--by-head needs one of {', '.join(HEADS)} among --sites.")
     if any(edit.op in ("freeze", "linearise") for edit in edits):
@@ -196,28 +214,35 @@ class _Case:
     ) -> None:
         c = model.config
         t = checkpoint.tensors
-        self._weight, self._bias = (
-            t[f"ln_f.{name}"].to(model.stream) for name in ("weight", "bias")
-        )
-        head = t["wte.weight" if c.tied else "lm_head.weight"]
-        self._direction = head[case.answer].to(model.stream) - head[case.wrong].to(model.stream)
-        self.model, self.case, self.n = model, case, len(case.pair.a)
+        self._weight = t["ln_f.weight"].to(model.stream)
+        self._bias = t["ln_f.bias"].to(model.stream)
+        unembedding = t["wte.weight"] if c.tied else t["lm_head.weight"]
+        # LD is linear in the normed state: its product with the difference of two rows of W_U.
+        answer = unembedding[case.answer].to(model.stream)
+        wrong = unembedding[case.wrong].to(model.stream)
+        self._direction = answer - wrong
+        self.model = model
+        self.case = case
+        self.n = len(case.pair.a)
         self.editor = Editor(edits, model, self.n)
-        everywhere = {
-            (site, at) for site in sites for at in range(c.n_layer + (SITES[site].axis == "depth"))
-        }
+        everywhere = {(site, at) for site in sites for at in range(_n_at(site, c))}
         depths = {("resid", depth) for depth in range(c.n_layer + 1)}
         self.clean, self.clean_ld = self._whole(case.pair.a, everywhere)
         self.corrupt, self.corrupt_ld = self._whole(case.pair.b, depths)
 
     def patched(self, site: str, at: int, by_head: bool) -> np.ndarray:
         """Return LD with each position [T], or each position and head [T, N], of a site patched."""
-        heads = self.model.config.n_head if by_head else 1
-        places = torch.cartesian_prod(torch.arange(self.n), torch.arange(heads))
+        rows_at_once = max(POSITIONS_AT_ONCE // self.n, 1)
+        positions = torch.arange(self.n)
+        if not by_head:
+            parts = torch.split(positions, rows_at_once)
+            return np.concatenate([self._from(site, at, part, None) for part in parts])
+        n_head = self.model.config.n_head
+        places = torch.cartesian_prod(positions, torch.arange(n_head))
         found = []
-        for part in torch.split(places, max(POSITIONS_AT_ONCE // self.n, 1)):
-            found.append(self._from(site, at, part[:, 0], part[:, 1] if by_head else None))
-        return np.concatenate(found).reshape((self.n, heads) if by_head else (self.n,))
+        for part in torch.split(places, rows_at_once):
+            found.append(self._from(site, at, part[:, 0], part[:, 1]))
+        return np.concatenate(found).reshape(self.n, n_head)
 
     def _whole(
         self, ids: list[int], wanted: set[tuple[str, int]]
@@ -280,14 +305,14 @@ class _Both(NoHook):
         self, site: str, layer: int, sequence: int, block: RowBlock, value: torch.Tensor
     ) -> bool:
         """Apply those that change the site."""
-        return any(
-            [
-                h.apply_rows(site, layer, sequence, block, value)
-                for h in self._both
-                if h.changes(site, layer)
-            ]
-        )
+        changed = False
+        for hook in self._both:
+            if hook.changes(site, layer):
+                changed |= hook.apply_rows(site, layer, sequence, block, value)
+        return changed
 
 
 def _rows(ids: list[int], n: int) -> Batch:
-    return make_batch(np.tile(np.array(ids, np.int32), (n, 1)), np.zeros((n, len(ids)), np.int32))
+    """Return n rows of one prompt."""
+    tokens = np.tile(np.array(ids, np.int32), (n, 1))
+    return make_batch(tokens, np.zeros((n, len(ids)), np.int32))

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from headwater.extractor.model.weights import Checkpoint
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer
@@ -19,45 +18,56 @@ class Pair:
     a: list[int]
     b: list[int]
     label: str
-    more: Mapping[str, Any]
+    more: Mapping[str, object]
 
 
 def read_pairs(
-    source: str | Path | Sequence[Any], names: tuple[str, str], reader: Reader
+    source: str | Path | Sequence[object], names: tuple[str, str], reader: Reader
 ) -> list[Pair]:
     """Read pairs from a file of JSON lines, or from mappings or tuples; ValueError names the line that is wrong.
 
     Each has two prompts under `names`, text or lists of ids; other fields are kept.
     """
     if isinstance(source, str | Path):
-        try:
-            lines = Path(source).expanduser().read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--pairs {source} cannot be read ({error}); expected a file of JSON lines."
-            ) from None
-        numbered = [(i, text) for i, text in enumerate(lines, 1) if text.strip()]
-        items = [(f"--pairs {source}, line {i}", _line(text, source, i)) for i, text in numbered]
+        items = _read_lines(source)
     else:
         items = [(f"pair {i}", item) for i, item in enumerate(source)]
     if not items:
         raise ValueError(
             f"--pairs {source} holds no pairs; expected lines such as {_example(names)}."
         )
-    pairs = []
-    for where, item in items:
-        if not isinstance(item, Mapping) and isinstance(item, Sequence) and len(item) == 2:
-            item = dict(zip(names, item, strict=True))
-        if not isinstance(item, Mapping) or not set(names) <= set(item):
-            raise ValueError(
-                f"{where} has no {' and '.join(map(repr, names))}; expected {_example(names)}."
-            )
-        a, b = (reader.ids(item[name], f"{where}, {name}") for name in names)
-        more = {name: value for name, value in item.items() if name not in names}
-        pairs.append(
-            Pair(a, b, str(more.get("label", _label(item[names[0]], item[names[1]]))), more)
+    return [_pair(item, where, names, reader) for where, item in items]
+
+
+def _read_lines(file: str | Path) -> list[tuple[str, object]]:
+    """Return what the lines of a file hold, each with where it stands."""
+    try:
+        lines = Path(file).expanduser().read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--pairs {file} cannot be read ({error}); expected a file of JSON lines."
+        ) from None
+    items = []
+    for number, text in enumerate(lines, 1):
+        if text.strip():
+            items.append((f"--pairs {file}, line {number}", _line(text, file, number)))
+    return items
+
+
+def _pair(item: object, where: str, names: tuple[str, str], reader: Reader) -> Pair:
+    """Read one pair: a mapping, or two prompts in a row."""
+    if not isinstance(item, Mapping) and isinstance(item, Sequence) and len(item) == 2:
+        item = dict(zip(names, item, strict=True))
+    if not isinstance(item, Mapping) or not set(names) <= set(item):
+        raise ValueError(
+            f"{where} has no {' and '.join(map(repr, names))}; expected {_example(names)}."
         )
-    return pairs
+    first, second = names
+    a = reader.ids(item[first], f"{where}, {first}")
+    b = reader.ids(item[second], f"{where}, {second}")
+    more = {name: value for name, value in item.items() if name not in names}
+    label = more.get("label", f"{_short(item[first])} → {_short(item[second])}")
+    return Pair(a, b, str(label), more)
 
 
 def first_token(checkpoint: Checkpoint, coder: Tokenizer | None = None) -> int:
@@ -83,19 +93,21 @@ class Reader:
     def __init__(
         self, checkpoint: Checkpoint, tokenizer: str | None = None, bos: bool = False
     ) -> None:
-        self._home = tokenizer or checkpoint.tokenizer
-        self._config, self._coder = (
-            checkpoint.config,
-            None if self._home is None else load_tokenizer(self._home),
-        )
-        self._start = [first_token(checkpoint, self._coder)] if bos else []
+        self._config = checkpoint.config
+        self._coder: Tokenizer | None = None
+        home = tokenizer or checkpoint.tokenizer
+        if home is not None:
+            self._coder = load_tokenizer(home)
+        self._start: list[int] = []
+        if bos:
+            self._start = [first_token(checkpoint, self._coder)]
 
     @property
     def coder(self) -> Tokenizer | None:
         """The tokenizer, where there is one."""
         return self._coder
 
-    def ids(self, prompt: Any, where: str) -> list[int]:
+    def ids(self, prompt: object, where: str) -> list[int]:
         """Return the ids of text or of a list of ids; ValueError says where something is wrong."""
         if isinstance(prompt, str):
             if self._coder is None:
@@ -117,7 +129,7 @@ class Reader:
             )
         return ids
 
-    def one(self, prompt: Any, where: str) -> int:
+    def one(self, prompt: object, where: str) -> int:
         """Return the one token of an answer such as ' Paris'."""
         ids = [prompt] if type(prompt) is int else self.ids(prompt, where)[len(self._start) :]
         if len(ids) != 1:
@@ -131,17 +143,21 @@ class Reader:
         return ids[0]
 
 
-def _line(text: str, source: str | Path, number: int) -> Any:
+def _line(text: str, source: str | Path, number: int) -> object:
     try:
-        return json.loads(text)
+        found: object = json.loads(text)
     except ValueError as error:
         raise ValueError(f"--pairs {source}, line {number} is not JSON ({error}).") from None
+    return found
 
 
 def _example(names: tuple[str, str]) -> str:
     return json.dumps({names[0]: "The capital of France is", names[1]: "The capital of Italy is"})
 
 
-def _label(a: Any, b: Any) -> str:
-    short = [str(x) if len(str(x)) <= 24 else "…" + str(x)[-23:] for x in (a, b)]
-    return f"{short[0]} → {short[1]}"
+def _short(prompt: object) -> str:
+    """Return a prompt, or its last 23 signs, which tell more prompts apart than the first ones do."""
+    text = str(prompt)
+    if len(text) <= 24:
+        return text
+    return "…" + text[-23:]
