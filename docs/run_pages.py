@@ -93,6 +93,13 @@ def run_python(code: str, names: dict[str, object]) -> str:
     return shown.getvalue()
 
 
+def run_block(block: Block, names: dict[str, object]) -> str:
+    """Run one block; return what it printed."""
+    if block.language == "sh":
+        return run_shell(block.code)
+    return run_python(block.code, names)
+
+
 @contextlib.contextmanager
 def folder_with_text() -> Iterator[Path]:
     """Make a folder with LICENSE, the text that pages read, and work there."""
@@ -112,10 +119,7 @@ def run_page(page: str) -> list[tuple[Block, str]]:
     printed = []
     with folder_with_text() as folder:
         for block in blocks(page):
-            if block.language == "sh":
-                output = run_shell(block.code)
-            else:
-                output = run_python(block.code, names)
+            output = run_block(block, names)
             output = "\n".join(line.rstrip() for line in output.splitlines())
             output = output.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "")
             printed.append((block, output.strip("\n") + "\n"))
