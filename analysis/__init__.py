@@ -8,44 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
+# What is no analysis of a run, or lies in a module of another name.
 _HOMES = {
     "ablate": "interventions.ablation",
     "analyze": "suite.analyze",
-    "attribution": "measures.attribution",
     "coherence": "weights.coherence",
     "compare": "suite.compare",
-    "cosine": "measures.cosine",
     "draw": "plots.catalogue",
     "dynamics": "studies.dynamics",
-    "false_sinks": "measures.false_sinks",
-    "favourites": "measures.favourites",
-    "heads": "measures.heads",
-    "lens": "measures.lens",
-    "massive": "measures.massive",
     "massive_origin": "measures.origin",
-    "norms": "measures.norms",
     "patch": "interventions.patching",
     "plateau": "interventions.plateau",
     "project": "measures.project",
+    "register": "suite.registry",
     "report": "plots.report",
     "reproduce": "studies.reproduce",
-    "sinks": "measures.sinks",
     "stream": "streams.stream",
-    "svd": "measures.svd",
-    "top": "measures.top",
+    "svd_tokens": "measures.project",
 }
-__all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Callable[..., Any]:
-    """Import a function when it is first named."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'headwater.analysis' has no attribute {name!r}")
-    function: Callable[..., Any] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    return function
+def __getattr__(name: str) -> Any:
+    """Import a function when it is first named: those of this package first, then the analyses of others."""
+    if name == "__all__":
+        return __dir__()
+    if not name.startswith("_"):
+        home = _HOMES.get(name)
+        if home is None and find_spec(f"{__name__}.measures.{name}"):
+            home = f"measures.{name}"
+        if home is not None:
+            function = getattr(import_module(f"{__name__}.{home}"), name, None)
+            if function is not None:
+                return function
+        elif find_spec(f"{__name__}.{name}") is None:
+            return _function_of(name)
+    raise AttributeError(f"module 'headwater.analysis' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    from headwater.analysis.suite.registry import analyses
+
+    return sorted({*_HOMES, *analyses()})
+
+
+def _function_of(name: str) -> Callable[..., Any]:
+    """Make the function of an analysis that another package offers."""
+    from headwater.analysis.engine.analysis import as_function
+    from headwater.analysis.suite.registry import analyses
+
+    kind = analyses().get(name)
+    if kind is None:
+        raise AttributeError(f"module 'headwater.analysis' has no attribute {name!r}")
+    return as_function(kind)

@@ -101,10 +101,12 @@ def option(
 
 
 def options_of(request: type[Request]) -> list[Option]:
-    """Return the options of a request, in the order of its fields."""
+    """Return the options of a request, in the order of its fields; a field without metadata is for Python alone."""
     found = []
     for item in fields(request):
         meta = item.metadata
+        if not meta:
+            continue
         one = Option(
             name=item.name,
             flag=meta["flag"] or flag_of(item.name),

@@ -66,9 +66,10 @@ ONE_BY_ONE = Scan()
 
 
 @dataclass(frozen=True)
-class Analysis:
-    """An analysis as a generator: it yields the reducers of a pass, is sent their results, and returns a dataset.
+class Prepared:
+    """An analysis of one run, ready for the engine.
 
+    It is a generator: it yields the reducers of a pass, is sent their results, and returns a dataset.
     `passes` is declared, and checked. `arguments` go into the result's provenance.
     """
 
@@ -83,7 +84,7 @@ def as_run(run: Run | str | Path) -> Run:
     return run if isinstance(run, Run) else open_run(run)
 
 
-def analyse(run: Run, analyses: Sequence[Analysis], scan: Scan = ONE_BY_ONE) -> list[Any]:
+def analyse(run: Run, analyses: Sequence[Prepared], scan: Scan = ONE_BY_ONE) -> list[Any]:
     """Run analyses side by side, pass by pass, and return what each of them returns.
 
     The n-th passes of all analyses share one read of the run, or as many reads as the limit of memory asks for.
@@ -145,7 +146,7 @@ def _read(
     return found
 
 
-def _checkpoint(run: Run, analyses: Sequence[Analysis], scan: Scan) -> Checkpoint | None:
+def _checkpoint(run: Run, analyses: Sequence[Prepared], scan: Scan) -> Checkpoint | None:
     if scan.keep_seconds is None:
         return None
     request = [[a.name, a.passes, a.arguments] for a in analyses]

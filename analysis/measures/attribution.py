@@ -6,19 +6,32 @@ residual stream. The sums are checked against the logit itself.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from headwater.analysis.engine.analysis import (
+    Figures,
+    ModelAnalysis,
+    Plot,
+    as_function,
+    rounded,
+    rounded_one,
+)
+from headwater.analysis.engine.options import COUNT, setting
 from headwater.analysis.engine.results import provenance
-from headwater.analysis.engine.scan import as_run, committed_blocks
-from headwater.analysis.measures.origin import PositionTap, load_run_model
-from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import Model
-from headwater.extractor.model.weights import Checkpoint
+from headwater.analysis.engine.scan import committed_blocks
+from headwater.analysis.measures.origin import MODEL_HELP, load_run_model
+from headwater.extractor.settings import MODEL, TEXT
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import torch
+    import xarray
+
+    from headwater.analysis.engine.positions import PositionTap
+    from headwater.extractor.model.weights import Checkpoint
 
 EXACT = 1e-9
 POSITION_SETS = ("all", "without_first")
@@ -33,52 +46,101 @@ CONVENTIONS = (
 )
 
 
-def attribution(
-    run: Run | str | Path, model: str | None = None, n_sequences: int = 16, n_positions: int = 32
-) -> Any:
+@dataclass(frozen=True)
+class AttributionAnalysis(ModelAnalysis):
     """Split the logit of the next token into direct contributions, on sampled tokens that are run again.
 
     `model` is the run's model by default; ValueError if its weights are not those of the run. Returns a dataset by
     position_set: token_embedding, position_embedding, constant, logit; head_contribution [layer, head]; attn_bias,
     mlp [layer]; each with its *_std, and n_tokens.
     """
-    run = as_run(run)
-    if n_sequences < 1 or n_positions < 1:
-        raise ValueError(
-            f"n_sequences, n_positions are {n_sequences}, {n_positions}; expected at least 1 each."
-        )
-    checkpoint = load_run_model(run, model)
-    compute, (unembedding, mean) = Model(checkpoint, "fp64"), _unembedding(checkpoint)
-    ranges = [run.manifest.block_range(block) for block in committed_blocks(run, partial=True)]
-    there = np.concatenate([np.arange(*ends) for ends in ranges])
-    chosen = there[
-        np.unique(np.linspace(0, len(there) - 1, min(n_sequences, len(there))).round().astype(int))
-    ]
-    tokens = run.plain("tokens")
-    row_start = run.plain("row_start")
-    found: list[dict[str, np.ndarray]] = []
-    first: list[np.ndarray] = []
-    for sequence in chosen:
-        batch = make_batch(tokens[sequence : sequence + 1], row_start[sequence : sequence + 1])
-        has_next = np.flatnonzero(batch.targets[0].numpy() >= 0)
-        if not len(has_next):
-            continue
-        at = has_next[np.unique(np.linspace(0, len(has_next) - 1, n_positions).round().astype(int))]
-        tap = PositionTap(torch.from_numpy(at))
-        compute.run(batch, tap)
-        target = batch.targets[0, at]
-        embedded = [
-            checkpoint.tensors["wte.weight"][batch.tokens[0, at]].double(),
-            checkpoint.tensors["wpe.weight"][batch.positions[0, at]].double(),
+
+    name = "attribution"
+    title = "direct logit attribution of every head, MLP and embedding (runs the model)"
+    section = "What writes the output"
+    plots = (
+        Plot(
+            "attribution",
+            "Direct contributions to the logit of the next token, less the vocabulary's "
+            "mean; the sums are exact.",
+            "headwater.analysis.plots.output:attribution",
+            together=False,
+        ),
+    )
+
+    model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)
+    n_sequences: int = setting(16, COUNT, "sampled rows", "SEQUENCES", flag="--sequences")
+    n_positions: int = setting(
+        32, COUNT, "sampled positions of a row", "POSITIONS", flag="--positions"
+    )
+
+    def compute(self, run: Run, result: xarray.Dataset | None = None) -> xarray.Dataset:
+        """Run the sampled rows again, and take their logits apart."""
+        import torch
+
+        from headwater.analysis.engine.positions import PositionTap
+        from headwater.extractor.model.batch import make_batch
+        from headwater.extractor.model.forward import Model
+
+        n_sequences = self.n_sequences
+        n_positions = self.n_positions
+        if n_sequences < 1 or n_positions < 1:
+            raise ValueError(
+                f"n_sequences, n_positions are {n_sequences}, {n_positions}; expected at least 1 each."
+            )
+        checkpoint = load_run_model(run, self.model)
+        compute = Model(checkpoint, "fp64")
+        unembedding, mean = _unembedding(checkpoint)
+        ranges = [run.manifest.block_range(block) for block in committed_blocks(run, partial=True)]
+        there = np.concatenate([np.arange(*ends) for ends in ranges])
+        chosen = there[
+            np.unique(
+                np.linspace(0, len(there) - 1, min(n_sequences, len(there))).round().astype(int)
+            )
         ]
-        found.append(_contributions(checkpoint, tap, unembedding[target].double() - mean, embedded))
-        first.append(row_start[sequence][at] == at)
-    if not found:
-        raise ValueError(
-            f"{run.path} has no token with a next one among the sampled rows. Take more --sequences."
-        )
-    values = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
-    return _dataset(run, checkpoint, values, np.concatenate(first), n_sequences, n_positions)
+        tokens = run.plain("tokens")
+        row_start = run.plain("row_start")
+        found: list[dict[str, np.ndarray]] = []
+        first: list[np.ndarray] = []
+        for sequence in chosen:
+            batch = make_batch(tokens[sequence : sequence + 1], row_start[sequence : sequence + 1])
+            has_next = np.flatnonzero(batch.targets[0].numpy() >= 0)
+            if not len(has_next):
+                continue
+            at = has_next[
+                np.unique(np.linspace(0, len(has_next) - 1, n_positions).round().astype(int))
+            ]
+            tap = PositionTap(torch.from_numpy(at))
+            compute.run(batch, tap)
+            target = batch.targets[0, at]
+            embedded = [
+                checkpoint.tensors["wte.weight"][batch.tokens[0, at]].double(),
+                checkpoint.tensors["wpe.weight"][batch.positions[0, at]].double(),
+            ]
+            found.append(
+                _contributions(checkpoint, tap, unembedding[target].double() - mean, embedded)
+            )
+            first.append(row_start[sequence][at] == at)
+        if not found:
+            raise ValueError(
+                f"{run.path} has no token with a next one among the sampled rows. Take more --sequences."
+            )
+        values = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+        return _dataset(run, checkpoint, values, np.concatenate(first), n_sequences, n_positions)
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the mean logit, what the MLPs add, and the head that adds most."""
+        head = result["head_contribution"][0].values
+        layer, best = np.unravel_index(head.argmax(), head.shape)
+        return {
+            "logit": rounded_one(result.logit[0]),
+            "mlp": rounded(result.mlp[0]),
+            "largest_head": f"L{layer}H{best}: {rounded_one(head[layer, best])}",
+        }
+
+
+attribution = as_function(AttributionAnalysis)
 
 
 def _unembedding(checkpoint: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,6 +153,8 @@ def _contributions(
     checkpoint: Checkpoint, tap: PositionTap, toward_nD: torch.Tensor, embedded: list[torch.Tensor]
 ) -> dict[str, np.ndarray]:
     """Return every component's part of the centred logit at n positions: [n, …]."""
+    import torch
+
     c = checkpoint.config
     t = checkpoint.tensors
     values = tap.values
@@ -136,7 +200,7 @@ def _dataset(
     first: np.ndarray,
     n_rows: int,
     n_positions: int,
-) -> Any:
+) -> xarray.Dataset:
     import xarray
 
     sets = (np.ones(len(first), bool), ~first)

@@ -7,16 +7,23 @@ the d_model × d_model cross-scatters are accumulated in float64 and merged by C
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Analysis, Figures, as_function, rounded
 from headwater.analysis.engine.moments import merge_mean, merge_scatter
+from headwater.analysis.engine.options import setting
 from headwater.analysis.engine.reducer import Chunk, Reducer, State, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import Analysis, Steps
+from headwater.analysis.engine.scan import Prepared, Steps
+from headwater.extractor.settings import one_of
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 SITE = "resid"
 STATE_BYTES = 512 << 20
@@ -124,52 +131,80 @@ class CrossScatter(Reducer):
         return norms
 
 
-def cka_analysis(
-    run: Run,
-    pairs: str | Sequence[tuple[int, int]] = "consecutive",
-    state_bytes: int = STATE_BYTES,
-) -> Analysis:
-    """Describe linear CKA for the engine: of "consecutive" depths, "all" pairs, or a list of pairs of depths.
+@dataclass(frozen=True)
+class CkaAnalysis(Analysis):
+    """Compare depths by linear CKA: "consecutive" ones, "all" pairs, or a list of pairs of depths.
 
-    It takes one pass for every `state_bytes` of scatter matrices.
+    Returns a dataset: cka [positions, depth, other_depth]. It takes one pass for every 256 MB of scatter matrices.
     """
-    need_sites(run, SITE)
-    stored = run.leads(SITE)
-    leads = range(len(stored))
-    if pairs == "consecutive":
-        chosen = [(i, i + 1) for i in leads[:-1]]
-    elif pairs == "all":
-        chosen = [(i, j) for i in leads for j in leads if i < j]
-    elif isinstance(pairs, str):
-        raise ValueError(
-            f"cka is {pairs!r}; expected 'consecutive', 'all', or a list of pairs of depths."
-        )
-    else:
-        if missing := {d for pair in pairs for d in pair} - set(stored):
-            raise RunError(
-                f"{run.path} holds {SITE} at depths {stored}, but depth {min(missing)} was asked for."
+
+    name = "cka"
+    title = "linear CKA between depths, with and without first positions"
+    needs = (("resid",),)
+    section = "The residual stream over depth"
+
+    pairs: str | Sequence[tuple[int, int]] = setting(
+        "consecutive",
+        one_of("consecutive", "all"),
+        "consecutive or all depths",
+        "CKA",
+        flag="--cka",
+    )
+
+    def prepare(self, run: Run, state_bytes: int = STATE_BYTES) -> Prepared:
+        """Make it ready for the engine; it takes one pass for every `state_bytes` of scatter matrices."""
+        need_sites(run, SITE)
+        stored = run.leads(SITE)
+        leads = range(len(stored))
+        if self.pairs == "consecutive":
+            chosen = [(i, i + 1) for i in leads[:-1]]
+        elif self.pairs == "all":
+            chosen = [(i, j) for i in leads for j in leads if i < j]
+        elif isinstance(self.pairs, str):
+            raise ValueError(
+                f"cka is {self.pairs!r}; expected 'consecutive', 'all', or a list of pairs of depths."
             )
-        chosen = [(stored.index(i), stored.index(j)) for i, j in pairs]
-    if not chosen:
-        raise RunError(
-            f"{run.path} holds one depth of {SITE}; cka compares several. Extract with more --depths."
-        )
-    wanted = sorted({(i, i) for pair in chosen for i in pair} | set(chosen))
-    per = max(state_bytes // CrossScatter(run, SITE, wanted[:1]).nbytes, 1)
-    parts = [wanted[at : at + per] for at in range(0, len(wanted), per)]
+        else:
+            if missing := {d for pair in self.pairs for d in pair} - set(stored):
+                raise RunError(
+                    f"{run.path} holds {SITE} at depths {stored}, but depth {min(missing)} was asked for."
+                )
+            chosen = [(stored.index(i), stored.index(j)) for i, j in self.pairs]
+        if not chosen:
+            raise RunError(
+                f"{run.path} holds one depth of {SITE}; cka compares several. Extract with more --depths."
+            )
+        wanted = sorted({(i, i) for pair in chosen for i in pair} | set(chosen))
+        per = max(state_bytes // CrossScatter(run, SITE, wanted[:1]).nbytes, 1)
+        parts = [wanted[at : at + per] for at in range(0, len(wanted), per)]
 
-    def steps() -> Steps:
-        norms: dict[tuple[int, int], np.ndarray] = {}
-        for part in parts:
-            (found,) = yield [CrossScatter(run, SITE, part)]
-            norms |= found
-        return _dataset(run, norms, analysis)
+        def steps() -> Steps:
+            norms: dict[tuple[int, int], np.ndarray] = {}
+            for part in parts:
+                (found,) = yield [CrossScatter(run, SITE, part)]
+                norms |= found
+            return _dataset(run, norms, prepared)
 
-    analysis = Analysis("cka", len(parts), steps, {"pairs": pairs})
-    return analysis
+        prepared = Prepared("cka", len(parts), steps, {"pairs": self.pairs})
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return CKA of consecutive depths."""
+        return {
+            f"consecutive_{positions}": rounded(
+                np.diagonal(result.cka.sel(positions=positions).values, 1)
+            )
+            for positions in ("all", "without_first")
+        }
 
 
-def _dataset(run: Run, norms: dict[tuple[int, int], np.ndarray], analysis: Analysis) -> Any:
+cka = as_function(CkaAnalysis)
+
+
+def _dataset(
+    run: Run, norms: dict[tuple[int, int], np.ndarray], prepared: Prepared
+) -> xarray.Dataset:
     import xarray
 
     n = len(run.leads(SITE))
@@ -183,7 +218,7 @@ def _dataset(run: Run, norms: dict[tuple[int, int], np.ndarray], analysis: Analy
         "positions": ["all", "without_first"],
         "other_depth": run.leads(SITE),
     }
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(
         {"cka": (("positions", "depth", "other_depth"), values, {"note": CONVENTIONS})},
         coords,

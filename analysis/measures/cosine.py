@@ -7,20 +7,25 @@ without outlier dimensions. Two passes: means and outliers come first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Analysis, Figures, Plot, rounded
+from headwater.analysis.engine.options import OUTLIERS, setting
 from headwater.analysis.engine.reducer import State, chosen_indices, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
-from headwater.analysis.measures.cka import STATE_BYTES, cka_analysis
-from headwater.analysis.measures.cosine_passes import LARGE, Centres, Pairs
+from headwater.analysis.engine.scan import ONE_BY_ONE, Prepared, Scan, Steps, analyse, as_run
+from headwater.analysis.measures.cka import STATE_BYTES, CkaAnalysis
+from headwater.analysis.measures.cosine_passes import LARGE, SITE, Centres, Pairs
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
-SITE = "resid"
+if TYPE_CHECKING:
+    import xarray
+
 VARIANT = ("centring", "positions", "outliers")
 CONVENTIONS = (
     "cosine: mean over tokens of the per-token cosine between two depths. centring centred: the mean of each depth "
@@ -34,33 +39,87 @@ CONVENTIONS = (
 )
 
 
-def cosine_analysis(run: Run, outliers: str | Sequence[int] = "large") -> Analysis:
-    """Describe `cosine`, without CKA, for the engine; it takes two passes."""
-    need_sites(run, SITE)
-    leads = list(range(len(run.leads(SITE))))
-    if len(leads) < 2:
-        raise RunError(
-            f"{run.path} holds one depth of {SITE}; cosines need several. Extract with more --depths."
-        )
-    width = run[SITE].shape[-1]
-    named: list[int] | None = []
-    if outliers == "large":
-        named = None
-    elif len(outliers):
-        named = chosen_indices(outliers, width, "outliers", "dimensions")
+@dataclass(frozen=True)
+class CosineAnalysis(Analysis):
+    """Compare the residual stream between depths, in every variant, without CKA; see `cosine`."""
 
-    def steps() -> Steps:
-        (centres,) = yield [Centres(run, SITE, leads, named is None)]
-        found = (
-            np.flatnonzero(centres["large"].any(0)) if named is None else np.array(named, np.int64)
-        )
-        (state,) = yield [Pairs(SITE, leads, centres["centre"], found)]
-        return _dataset(run, state, found, centres["large"][:, found], analysis)
-
-    analysis = Analysis(
-        "cosine", 2, steps, {"outliers": outliers if named is None else named, "level": LARGE}
+    name = "cosine"
+    title = "residual stream between depths: cosines in all variants, block influence, norms, anisotropy"
+    needs = (("resid",),)
+    section = "The residual stream over depth"
+    brings = ("cka",)
+    plots = (
+        Plot(
+            "phases",
+            "How the stream changes from each depth to the next (cosine, CKA), and its norm and "
+            "anisotropy at each depth.",
+            "headwater.analysis.plots.stream:phases",
+        ),
+        Plot(
+            "depth_cosine",
+            "Mean cosine of every token's residual stream between two depths.",
+            "headwater.analysis.plots.stream:depth_cosine",
+            together=False,
+        ),
+        Plot(
+            "block_influence",
+            "How far each layer turns the stream (ShortGPT's BI where raw).",
+            "headwater.analysis.plots.stream:block_influence",
+        ),
     )
-    return analysis
+
+    outliers: str | Sequence[int] = setting(
+        "large",
+        OUTLIERS,
+        "dimensions that the variant without outliers leaves out: large (those with massive "
+        "activations), none, or a list such as 0,4:8",
+        "OUTLIERS",
+    )
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes two passes."""
+        need_sites(run, SITE)
+        leads = list(range(len(run.leads(SITE))))
+        if len(leads) < 2:
+            raise RunError(
+                f"{run.path} holds one depth of {SITE}; cosines need several. Extract with more --depths."
+            )
+        width = run[SITE].shape[-1]
+        named: list[int] | None = []
+        if self.outliers == "large":
+            named = None
+        elif len(self.outliers):
+            named = chosen_indices(self.outliers, width, "outliers", "dimensions")
+
+        def steps() -> Steps:
+            (centres,) = yield [Centres(run, leads, named is None)]
+            found = (
+                np.flatnonzero(centres["large"].any(0))
+                if named is None
+                else np.array(named, np.int64)
+            )
+            (state,) = yield [Pairs(leads, centres["centre"], found)]
+            return _dataset(run, state, found, centres["large"][:, found], prepared)
+
+        prepared = Prepared(
+            "cosine",
+            2,
+            steps,
+            {"outliers": self.outliers if named is None else named, "level": LARGE},
+        )
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return consecutive cosines and anisotropy as they are, and cosines in the barest variant."""
+        plain = result.isel(centring=0, positions=0, outliers=0)
+        bare = result.isel(centring=1, positions=1, outliers=1)
+        return {
+            "consecutive": rounded(plain.consecutive),
+            "consecutive_centred_without_first_and_outliers": rounded(bare.consecutive),
+            "anisotropy": rounded(plain.anisotropy),
+            "outlier_dimensions": [int(i) for i in result.outlier_dimensions.values],
+        }
 
 
 def cosine(
@@ -81,9 +140,10 @@ def cosine(
     import xarray
 
     run = as_run(run)
-    wanted = [cosine_analysis(run, outliers)]
+    wanted = [CosineAnalysis(outliers).prepare(run)]
     if cka is not None:
-        wanted.append(cka_analysis(run, cka, state_bytes=scan.state_bytes(run, STATE_BYTES)))
+        state_bytes = scan.state_bytes(run, STATE_BYTES)
+        wanted.append(CkaAnalysis(cka).prepare(run, state_bytes))
     results = analyse(run, wanted, scan)
     return (
         xarray.merge(results, combine_attrs="override", join="outer", compat="override")
@@ -102,7 +162,7 @@ def _dataset(
     state: State,
     outliers: np.ndarray,
     large_LO: np.ndarray,
-    analysis: Analysis,
+    prepared: Prepared,
 ) -> Any:
     import xarray
 
@@ -146,5 +206,5 @@ def _dataset(
         "outlier_dimensions": (("outlier",), outliers.astype(np.int64)),
         "outlier_sequences": (("depth", "outlier"), large_LO),
     }
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes)

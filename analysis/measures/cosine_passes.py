@@ -15,6 +15,7 @@ from headwater.analysis.engine.moments import merge_mean
 from headwater.analysis.engine.reducer import TILE_BYTES, Chunk, Reducer, State, iter_tiles
 from headwater.store.reader import Run
 
+SITE = "resid"
 LARGE = 100.0
 ROUNDING = 1e-13
 
@@ -27,10 +28,12 @@ class Centres(Reducer):
     """
 
     name = "cosine"
+    sites = (SITE,)
 
-    def __init__(self, run: Run, site: str, leads: Sequence[int], outliers: bool) -> None:
-        self.sites, self.leads, self.outliers = (site,), tuple(leads), outliers
-        self.width = run[site].shape[-1]
+    def __init__(self, run: Run, leads: Sequence[int], outliers: bool) -> None:
+        self.leads = tuple(leads)
+        self.outliers = outliers
+        self.width = run[SITE].shape[-1]
         self._rows = run.manifest.n_positions * self.width * 8
 
     def zero(self) -> State:
@@ -118,13 +121,12 @@ class Pairs(Reducer):
     """
 
     name = "cosine"
+    sites = (SITE,)
     joint = True
     tokens = 1024
 
-    def __init__(
-        self, site: str, leads: Sequence[int], centre_PLD: np.ndarray, outliers: np.ndarray
-    ) -> None:
-        self.sites, self.leads = (site,), tuple(leads)
+    def __init__(self, leads: Sequence[int], centre_PLD: np.ndarray, outliers: np.ndarray) -> None:
+        self.leads = tuple(leads)
         self.centre = centre_PLD
         self.outliers = outliers
         self.n_lead, self.width = centre_PLD.shape[1:]

@@ -6,14 +6,20 @@ Yona et al. 2025 (arXiv 2503.08908). No stored site is needed: the rows are made
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Figures, ModelAnalysis, Plot, rounded, rounded_one
+from headwater.analysis.engine.options import FRACTION, SEED, SOME, numbers_from, setting
 from headwater.analysis.engine.results import provenance
-from headwater.analysis.engine.scan import as_run
+from headwater.analysis.measures.origin import MODEL_HELP, load_run_model
+from headwater.extractor.settings import MODEL, TEXT
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 EPSILON = 0.3
 RATIO = 0.5
@@ -43,7 +49,7 @@ def false_sinks(
     epsilon: float = EPSILON,
     ratio: float = RATIO,
     seed: int = 0,
-) -> Any:
+) -> xarray.Dataset:
     """Measure false sinks of repeated tokens, and of mixtures where an entry of `tokens` is itself a list.
 
     `model` is what `capture` takes: a directory, a hub id, "demo", or a loaded Model. With `bos`, an id, every row is
@@ -109,55 +115,102 @@ def false_sinks(
     return xarray.Dataset(variables, coords, attributes | {"seed": seed, "model": name})
 
 
-def run_false_sinks(
-    run: Run | str | Path,
-    model: str | None = None,
-    lengths: Sequence[int] | None = None,
-    n_tokens: int = 8,
-    epsilon: float = EPSILON,
-    ratio: float = RATIO,
-    seed: int = 0,
-) -> Any:
+@dataclass(frozen=True)
+class FalseSinksAnalysis(ModelAnalysis):
     """Measure false sinks of the most frequent tokens of a run, its bos, and mixtures with their neighbours in W_E.
 
     `model` is the run's model by default; ValueError if its weights are not those of the run. A mixture is a token and
     the `n_tokens` − 1 tokens whose embeddings have the largest cosine with its own, for the two most frequent tokens.
     """
-    from headwater.analysis.measures.origin import load_run_model
-    from headwater.extractor.model.forward import Model
 
-    run = as_run(run)
-    checkpoint = load_run_model(run, model)
-    ids, counts = np.unique(run.tokens[run.tokens >= 0], return_counts=True)
-    frequent = ids[np.argsort(-counts, kind="stable")][:n_tokens]
-    embedding = checkpoint.tensors["wte.weight"].double().numpy()
-    embedding = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-300)
-    clusters = [
-        np.argsort(-(embedding @ embedding[i]), kind="stable")[:n_tokens].tolist()
-        for i in frequent[:2]
-    ]
-    bos = checkpoint.config.bos_token_id
-    room = checkpoint.config.n_ctx - (bos is not None)
-    chosen = lengths or [n for n in LENGTHS if n < room] or [room]
-    singles = [int(i) for i in frequent]
-    if bos is not None and bos not in singles:
-        singles.append(bos)
-    tokens = singles + clusters
-    found = false_sinks(Model(checkpoint, "fp32"), tokens, chosen, bos, epsilon, ratio, seed)
-    from headwater.extractor.tokenizer import load_run_tokenizer
+    name = "false_sinks"
+    title = "repeated tokens that look like a first one (runs the model)"
+    section = "Repeated tokens"
+    plots = (
+        Plot(
+            "false_sinks",
+            "One token repeated: norms of the others over that of the first, and attention on the first; "
+            "beside rows of different tokens.",
+            "headwater.analysis.plots.attention:false_sinks",
+            together=False,
+        ),
+    )
 
-    coder = load_run_tokenizer(run)
-    if coder is not None:
-        words = [" ".join(map(repr, coder.token_strings(np.atleast_1d(entry)))) for entry in tokens]
-        found = found.assign_coords(token_text=("repeated", np.array(words, dtype=object)))
-    arguments = {
-        "lengths": list(chosen),
-        "tokens": tokens,
-        "epsilon": epsilon,
-        "ratio": ratio,
-        "seed": seed,
-    }
-    return found.assign_attrs(provenance(run, "false_sinks", arguments, 0, CONVENTIONS))
+    model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)
+    lengths: Sequence[int] | None = setting(
+        None,
+        numbers_from(2),
+        "lengths of repeated tokens; by default 16,64,256, as far as the model's context goes",
+        "LENGTHS",
+    )
+    n_tokens: int = setting(
+        8, SOME, "most frequent tokens that are repeated", "N", flag="--repeated"
+    )
+    epsilon: float = setting(EPSILON, FRACTION, "ε of Sink_k^ε", "EPSILON")
+    ratio: float = setting(
+        RATIO, FRACTION, "share of the first norm from which a later one looks like it", "RATIO"
+    )
+    seed: int = setting(0, SEED, "seed of what is drawn at random", "SEED")
+
+    def compute(self, run: Run, result: xarray.Dataset | None = None) -> xarray.Dataset:
+        """Make the rows, and run them in memory."""
+        from headwater.extractor.model.forward import Model
+
+        checkpoint = load_run_model(run, self.model)
+        ids, counts = np.unique(run.tokens[run.tokens >= 0], return_counts=True)
+        frequent = ids[np.argsort(-counts, kind="stable")][: self.n_tokens]
+        embedding = checkpoint.tensors["wte.weight"].double().numpy()
+        embedding = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-300)
+        clusters = [
+            np.argsort(-(embedding @ embedding[i]), kind="stable")[: self.n_tokens].tolist()
+            for i in frequent[:2]
+        ]
+        bos = checkpoint.config.bos_token_id
+        room = checkpoint.config.n_ctx - (bos is not None)
+        chosen = self.lengths or [n for n in LENGTHS if n < room] or [room]
+        singles = [int(i) for i in frequent]
+        if bos is not None and bos not in singles:
+            singles.append(bos)
+        tokens = singles + clusters
+        found = false_sinks(
+            Model(checkpoint, "fp32"), tokens, chosen, bos, self.epsilon, self.ratio, self.seed
+        )
+        from headwater.extractor.tokenizer import load_run_tokenizer
+
+        coder = load_run_tokenizer(run)
+        if coder is not None:
+            words = [
+                " ".join(map(repr, coder.token_strings(np.atleast_1d(entry)))) for entry in tokens
+            ]
+            found = found.assign_coords(token_text=("repeated", np.array(words, dtype=object)))
+        arguments = {
+            "lengths": list(chosen),
+            "tokens": tokens,
+            "epsilon": self.epsilon,
+            "ratio": self.ratio,
+            "seed": self.seed,
+        }
+        return found.assign_attrs(provenance(run, "false_sinks", arguments, 0, CONVENTIONS))
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return where repetition makes the others most like the first, relative to different tokens."""
+        attention = {"largest_false_attention": rounded_one(result.false_attention.max())}
+        ratio = result.relative_ratio
+        if not np.isfinite(ratio).any():
+            said = "the first position stands out at no depth of rows of different tokens"
+            return {"largest_ratio_relative_to_different_tokens": said} | attention
+        place = np.unravel_index(np.nanargmax(ratio.values), ratio.shape)
+        at = dict(zip(ratio.dims, place, strict=True))
+        one = result.isel(at)
+        token = one.token_text.item() if "token_text" in result else one.repeated.item()
+        return {
+            "largest_ratio_relative_to_different_tokens": rounded_one(one.relative_ratio),
+            "its_token": str(token),
+            "its_depth": int(at["depth"]),
+            "its_norm_and_that_of_the_first": rounded([one.norm, one.first_norm]),
+            "of_different_tokens": rounded([one.control_norm, one.control_first_norm]),
+        } | attention
 
 
 def _sizes(model: Any) -> tuple[int, int]:

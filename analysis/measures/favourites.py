@@ -6,26 +6,32 @@ Shapes: R rows, N heads, K keys, V candidate tokens, L layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from headwater.analysis.engine.analysis import Analysis, Figures, as_function, rounded_one
+from headwater.analysis.engine.options import COUNT, numbers_from, setting
 from headwater.analysis.engine.reducer import Chunk, Reducer, State
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
+from headwater.analysis.engine.scan import Prepared, Steps
 from headwater.analysis.measures.heads import (
+    LAYERS_HELP,
     N_QUERIES,
     N_SEQUENCES,
+    QUERIES_HELP,
     pattern_layers,
     sampled_queries,
 )
-from headwater.analysis.measures.origin import load_run_model
-from headwater.analysis.weights.circuits import head_weights
-from headwater.analysis.weights.directions import unembedding
-from headwater.extractor.model.weights import Checkpoint
+from headwater.analysis.measures.origin import MODEL_HELP, load_run_model
+from headwater.extractor.settings import INDICES, MODEL, TEXT
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.extractor.model.weights import Checkpoint
 
 N_TOKENS = 32
 MIN_ROWS = 20
@@ -153,64 +159,86 @@ class Favourites(Reducer):
         return state
 
 
-def favourites_analysis(
-    run: Run,
-    layers: str | Iterable[int] | None = None,
-    n_sequences: int = N_SEQUENCES,
-    n_queries: int = N_QUERIES,
-    queries: Sequence[int] | None = None,
-    tokens: Sequence[int] | None = None,
-    min_rows: int = MIN_ROWS,
-    model: str | None = None,
-) -> Analysis:
-    """Describe `favourites` for the engine; it takes one pass."""
-    chosen = pattern_layers(run, layers)
-    if n_sequences < 1 or n_queries < 1 or min_rows < 1:
-        raise ValueError(
-            f"n_sequences, n_queries, min_rows are {n_sequences}, {n_queries}, {min_rows}; expected at least 1 each."
-        )
-    candidates = _candidates(run, tokens)
-    checkpoint = load_run_model(run, model)
-    places = sampled_queries(run.manifest.n_positions, n_queries, queries)
-    leads = [run.leads("pattern").index(layer) for layer in chosen]
-
-    def steps() -> Steps:
-        (state,) = yield [Favourites(run, leads, n_sequences, places, candidates)]
-        return _dataset(run, chosen, leads, state, candidates, checkpoint, min_rows, analysis)
-
-    arguments = {
-        "layers": chosen,
-        "sequences": n_sequences,
-        "min_rows": min_rows,
-        "random_heads": N_RANDOM,
-        "tokens": candidates.tolist(),
-        "queries": n_queries if queries is None else places.tolist(),
-    }
-    analysis = Analysis("favourites", 1, steps, arguments)
-    return analysis
-
-
-def favourites(
-    run: Run | str | Path,
-    layers: str | Iterable[int] | None = None,
-    n_sequences: int = N_SEQUENCES,
-    n_queries: int = N_QUERIES,
-    queries: Sequence[int] | None = None,
-    tokens: Sequence[int] | None = None,
-    min_rows: int = MIN_ROWS,
-    model: str | None = None,
-    scan: Scan = ONE_BY_ONE,
-) -> Any:
+@dataclass(frozen=True)
+class FavouritesAnalysis(Analysis):
     """Find every head's favourite tokens on sampled rows of stored patterns, and what their presence withholds.
 
     `tokens` are the candidates, by default the 32 most frequent of the run. Returns a dataset of the quantities of
     CONVENTIONS by layer, head and rank, with token strings where the run has a tokenizer.
     """
-    run = as_run(run)
-    wanted = favourites_analysis(
-        run, layers, n_sequences, n_queries, queries, tokens, min_rows, model
+
+    name = "favourites"
+    title = (
+        "what heads attend to second when their favourite is absent, and the logits withheld "
+        "(needs the model)"
     )
-    return analyse(run, [wanted], scan)[0]
+    needs = (("pattern",),)
+    section = "Heads compared"
+
+    layers: str | Iterable[int] | None = setting(None, INDICES, LAYERS_HELP, "LAYERS")
+    n_sequences: int = setting(N_SEQUENCES, COUNT, "sampled rows", "SEQUENCES", flag="--sequences")
+    n_queries: int = setting(
+        N_QUERIES, COUNT, "sampled queries of a row", "QUERIES", flag="--queries"
+    )
+    queries: Sequence[int] | None = setting(
+        None, numbers_from(0), QUERIES_HELP, "LIST", flag="--query-positions"
+    )
+    tokens: Sequence[int] | None = setting(
+        None, numbers_from(0), "ids of the candidate tokens; by default the 32 most frequent", "IDS"
+    )
+    min_rows: int = setting(
+        MIN_ROWS, COUNT, "rows that must hold two tokens for their order to count", "ROWS"
+    )
+    model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        n_sequences = self.n_sequences
+        n_queries = self.n_queries
+        min_rows = self.min_rows
+        chosen = pattern_layers(run, self.layers)
+        if n_sequences < 1 or n_queries < 1 or min_rows < 1:
+            raise ValueError(
+                f"n_sequences, n_queries, min_rows are {n_sequences}, {n_queries}, {min_rows}; "
+                "expected at least 1 each."
+            )
+        candidates = _candidates(run, self.tokens)
+        checkpoint = load_run_model(run, self.model)
+        places = sampled_queries(run.manifest.n_positions, n_queries, self.queries)
+        leads = [run.leads("pattern").index(layer) for layer in chosen]
+
+        def steps() -> Steps:
+            (state,) = yield [Favourites(run, leads, n_sequences, places, candidates)]
+            return _dataset(run, chosen, leads, state, candidates, checkpoint, min_rows, prepared)
+
+        arguments = {
+            "layers": chosen,
+            "sequences": n_sequences,
+            "min_rows": min_rows,
+            "random_heads": N_RANDOM,
+            "tokens": candidates.tolist(),
+            "queries": n_queries if self.queries is None else places.tolist(),
+        }
+        prepared = Prepared("favourites", 1, steps, arguments)
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the largest effect of a missing favourite, its head, and how transitive preferences are."""
+        effect = result.second_effect.values
+        if not np.isfinite(effect).any():
+            return {"second_effect": "no head with rows enough"}
+        layer, head = np.unravel_index(np.nanargmax(effect), effect.shape)
+        return {
+            "largest_second_effect": rounded_one(effect[layer, head]),
+            "head": f"L{int(result.layer[layer])}H{int(result['head'][head])}",
+            "its_error_over_sequences": rounded_one(result.second_error.values[layer, head]),
+            "mean_transitivity": rounded_one(np.nanmean(result.transitivity.values)),
+            "transitivity_of_random_attention": rounded_one(result.transitivity_null),
+        }
+
+
+favourites = as_function(FavouritesAnalysis)
 
 
 def _candidates(run: Run, tokens: Sequence[int] | None) -> np.ndarray:
@@ -248,6 +276,11 @@ def transitivity(prefer_VV: np.ndarray) -> tuple[float, int]:
 
 def ov_logits(checkpoint: Checkpoint, layer: int, tokens: np.ndarray) -> np.ndarray:
     """Return what every head adds to the logits for each of some tokens, centred over d_vocab: [N, V, d_vocab]."""
+    import torch
+
+    from headwater.analysis.weights.circuits import head_weights
+    from headwater.analysis.weights.directions import unembedding
+
     c = checkpoint.config
     t = checkpoint.tensors
     embedded = t["wte.weight"].double()[torch.from_numpy(tokens)]
@@ -267,7 +300,7 @@ def _dataset(
     tokens: np.ndarray,
     checkpoint: Checkpoint,
     min_rows: int,
-    analysis: Analysis,
+    prepared: Prepared,
 ) -> Any:
     import xarray
 
@@ -328,7 +361,7 @@ def _dataset(
             ("layer", "head", "rank"),
             np.array(strings, object).reshape(ranked.shape),
         )
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes)
 
 

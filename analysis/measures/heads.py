@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Analysis, Figures, Plot, as_function, rounded_one
+from headwater.analysis.engine.options import COUNT, numbers_from, setting
 from headwater.analysis.engine.reducer import Chunk, Reducer, State, chosen_leads, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
+from headwater.analysis.engine.scan import Prepared, Steps
 from headwater.analysis.measures.head_rows import (
     MIN_KEYS,
     PAIR_QUANTITIES,
@@ -20,8 +22,12 @@ from headwater.analysis.measures.head_rows import (
     rest_keys,
     student_tail,
 )
+from headwater.extractor.settings import INDICES
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 TAU = -0.3
 Q_VALUE = 0.01
@@ -30,6 +36,8 @@ TAU_AT = PAIR_QUANTITIES.index("tau")
 N_SEQUENCES = 128
 N_QUERIES = 32
 N_KEYS = 128
+LAYERS_HELP = "layers: 0,4:8, -1; by default all that are stored"
+QUERIES_HELP = "positions of the sampled rows, instead of evenly spaced ones"
 CONVENTIONS = (
     "Means over sampled rows: `sequences` as evenly spaced pairs of neighbours, `queries` evenly spaced positions. "
     "first: the row's first visible key. cosine of rows of the pattern; js: Jensen–Shannon divergence, nats; "
@@ -195,65 +203,84 @@ def pattern_layers(run: Run, layers: str | Iterable[int] | None) -> list[int]:
     return chosen_leads(run, "pattern", layers)
 
 
-def heads_analysis(
-    run: Run,
-    layers: str | Iterable[int] | None = None,
-    n_sequences: int = N_SEQUENCES,
-    n_queries: int = N_QUERIES,
-    n_keys: int = N_KEYS,
-    queries: Sequence[int] | None = None,
-) -> Analysis:
-    """Describe `heads` for the engine; it takes one pass."""
-    chosen = pattern_layers(run, layers)
-    if run["pattern"].shape[2] < 2:
-        raise RunError(
-            f"{run.path} holds the pattern of one head; heads compares several. Extract with more --heads."
-        )
-    if n_sequences < 1 or n_queries < 1 or n_keys < MIN_KEYS:
-        raise ValueError(
-            f"n_sequences, n_queries, n_keys are {n_sequences}, {n_queries}, {n_keys}; expected at least 1, 1 and "
-            f"{MIN_KEYS}."
-        )
-    leads = [run.leads("pattern").index(layer) for layer in chosen]
-    reducer = Heads(run, leads, n_sequences, n_queries, n_keys, queries)
-
-    def steps() -> Steps:
-        (state,) = yield [reducer]
-        return _dataset(run, leads, state, analysis)
-
-    asked = n_queries if queries is None else reducer.queries.tolist()
-    arguments = {
-        "layers": chosen,
-        "sequences": n_sequences,
-        "queries": asked,
-        "keys": n_keys,
-        "tau": TAU,
-        "q": Q_VALUE,
-        "mass": MASS,
-    }
-    analysis = Analysis("heads", 1, steps, arguments)
-    return analysis
-
-
-def heads(
-    run: Run | str | Path,
-    layers: str | Iterable[int] | None = None,
-    n_sequences: int = N_SEQUENCES,
-    n_queries: int = N_QUERIES,
-    n_keys: int = N_KEYS,
-    scan: Scan = ONE_BY_ONE,
-    queries: Sequence[int] | None = None,
-) -> Any:
+@dataclass(frozen=True)
+class HeadsAnalysis(Analysis):
     """Compare all heads of each layer on sampled rows of stored patterns, in one pass.
 
     `queries` names the positions of the rows, instead of `n_queries` evenly spaced ones.
     Returns a dataset with cosine, js, same_argmax, tau and argmax_information [layer, head, other_head], each with its
     null, same_argmax_excess, p, q, inverted, and non_sink_mass [layer, head].
     """
-    run = as_run(run)
-    return analyse(
-        run, [heads_analysis(run, layers, n_sequences, n_queries, n_keys, queries)], scan
-    )[0]
+
+    name = "heads"
+    title = "head by head: overlap, divergence, shared targets, opposite orders, with nulls"
+    needs = (("pattern",),)
+    section = "Heads compared"
+    brings = ("favourites",)
+    plots = (
+        Plot(
+            "head_pairs",
+            "Kendall's τ_b between the orders in which two heads rank the same keys.",
+            "headwater.analysis.plots.attention:head_pairs",
+            together=False,
+        ),
+    )
+
+    layers: str | Iterable[int] | None = setting(None, INDICES, LAYERS_HELP, "LAYERS")
+    n_sequences: int = setting(N_SEQUENCES, COUNT, "sampled rows", "SEQUENCES", flag="--sequences")
+    n_queries: int = setting(
+        N_QUERIES, COUNT, "sampled queries of a row", "QUERIES", flag="--queries"
+    )
+    n_keys: int = setting(N_KEYS, COUNT, "sampled keys of a row", "KEYS", flag="--keys")
+    queries: Sequence[int] | None = setting(
+        None, numbers_from(0), QUERIES_HELP, "LIST", flag="--query-positions"
+    )
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        n_sequences = self.n_sequences
+        n_queries = self.n_queries
+        n_keys = self.n_keys
+        chosen = pattern_layers(run, self.layers)
+        if run["pattern"].shape[2] < 2:
+            raise RunError(
+                f"{run.path} holds the pattern of one head; heads compares several. Extract with more --heads."
+            )
+        if n_sequences < 1 or n_queries < 1 or n_keys < MIN_KEYS:
+            raise ValueError(
+                f"n_sequences, n_queries, n_keys are {n_sequences}, {n_queries}, {n_keys}; expected at least 1, 1 and "
+                f"{MIN_KEYS}."
+            )
+        leads = [run.leads("pattern").index(layer) for layer in chosen]
+        reducer = Heads(run, leads, n_sequences, n_queries, n_keys, self.queries)
+
+        def steps() -> Steps:
+            (state,) = yield [reducer]
+            return _dataset(run, leads, state, prepared)
+
+        asked = n_queries if self.queries is None else reducer.queries.tolist()
+        arguments = {
+            "layers": chosen,
+            "sequences": n_sequences,
+            "queries": asked,
+            "keys": n_keys,
+            "tau": TAU,
+            "q": Q_VALUE,
+            "mass": MASS,
+        }
+        prepared = Prepared("heads", 1, steps, arguments)
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return how many pairs are inverted, and the most opposite order."""
+        return {
+            "inverted_pairs": len(inverted_pairs(result)),
+            "smallest_tau": rounded_one(np.nanmin(result.tau.values)),
+        }
+
+
+heads = as_function(HeadsAnalysis)
 
 
 def inverted_pairs(result: Any) -> list[tuple[int, int, int]]:
@@ -299,7 +326,7 @@ def _p_value(state: State) -> np.ndarray:
     return np.where(np.eye(n.shape[-1], dtype=bool), np.nan, p)
 
 
-def _dataset(run: Run, leads: list[int], state: State, analysis: Analysis) -> Any:
+def _dataset(run: Run, leads: list[int], state: State, prepared: Prepared) -> xarray.Dataset:
     import xarray
 
     dims = ("layer", "head", "other_head")
@@ -328,5 +355,5 @@ def _dataset(run: Run, leads: list[int], state: State, analysis: Analysis) -> An
     }
     coords = coordinates(run, "pattern", leads)
     coords["other_head"] = coords["head"]
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Analysis, Figures, Plot, as_function, rounded
+from headwater.analysis.engine.options import COUNT, SOME, setting
 from headwater.analysis.engine.reducer import Chunk, Reducer, State, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
-from headwater.analysis.measures.origin import load_run_model
-from headwater.extractor.model.weights import Checkpoint
+from headwater.analysis.engine.scan import Prepared, Steps
+from headwater.analysis.measures.origin import MODEL_HELP, load_run_model
+from headwater.extractor.settings import MODEL, TEXT
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
+
+    from headwater.extractor.model.weights import Checkpoint
 
 QUANTITIES = (
     "kl",
@@ -123,49 +130,72 @@ def lens_figures(
     )
 
 
-def lens_analysis(
-    run: Run, model: str | None = None, n_positions: int = 64, k: int = 10
-) -> Analysis:
-    """Describe `lens` for the engine; it takes one pass."""
-    need_sites(run, "resid")
-    depths = run.leads("resid")
-    n_layer = int(run.manifest.model["config"]["n_layer"])
-    if depths[-1] != n_layer or "selected_position" in run.spec("resid").dims:
-        raise RunError(
-            f"{run.path} holds resid {run['resid'].dims} at depths {depths}; the lens needs every position and the "
-            f"last depth, {n_layer}. Extract a run with --sites resid."
-        )
-    checkpoint = load_run_model(run, model)
-    if not 1 <= k <= checkpoint.config.d_vocab or n_positions < 1:
-        raise ValueError(
-            f"k is {k} and n_positions {n_positions}; expected 1 to {checkpoint.config.d_vocab}, and at least 1."
-        )
-
-    def steps() -> Steps:
-        (state,) = yield [Lens(run, checkpoint, n_positions, k)]
-        return _dataset(run, state, analysis)
-
-    analysis = Analysis("lens", 1, steps, {"positions": n_positions, "k": k})
-    return analysis
-
-
-def lens(
-    run: Run | str | Path,
-    model: str | None = None,
-    n_positions: int = 64,
-    k: int = 10,
-    scan: Scan = ONE_BY_ONE,
-) -> Any:
+@dataclass(frozen=True)
+class LensAnalysis(Analysis):
     """Read every stored depth of the residual stream through ln_f and W_U, in one pass.
 
     `model` is the run's model by default; ValueError if its weights are not those of the run. `n_positions` are sampled
     in every row. Returns a dataset: QUANTITIES [position_set, depth] and n_tokens [position_set].
     """
-    run = as_run(run)
-    return analyse(run, [lens_analysis(run, model, n_positions, k)], scan)[0]
+
+    name = "lens"
+    title = "logit lens at every depth: KL to the output, agreement, rank of the next token"
+    needs = (("resid",),)
+    section = "What the depths predict"
+    brings = ("attribution",)
+    plots = (
+        Plot(
+            "lens",
+            "What each depth predicts when it is read as if it were the last.",
+            "headwater.analysis.plots.output:lens",
+        ),
+    )
+
+    model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)
+    n_positions: int = setting(
+        64, COUNT, "sampled positions of a row", "POSITIONS", flag="--positions"
+    )
+    k: int = setting(10, SOME, "most likely tokens that are compared", "K")
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        n_positions = self.n_positions
+        k = self.k
+        need_sites(run, "resid")
+        depths = run.leads("resid")
+        n_layer = int(run.manifest.model["config"]["n_layer"])
+        if depths[-1] != n_layer or "selected_position" in run.spec("resid").dims:
+            raise RunError(
+                f"{run.path} holds resid {run['resid'].dims} at depths {depths}; the lens needs every position and the "
+                f"last depth, {n_layer}. Extract a run with --sites resid."
+            )
+        checkpoint = load_run_model(run, self.model)
+        if not 1 <= k <= checkpoint.config.d_vocab or n_positions < 1:
+            raise ValueError(
+                f"k is {k} and n_positions {n_positions}; expected 1 to {checkpoint.config.d_vocab}, and at least 1."
+            )
+
+        def steps() -> Steps:
+            (state,) = yield [Lens(run, checkpoint, n_positions, k)]
+            return _dataset(run, state, prepared)
+
+        prepared = Prepared("lens", 1, steps, {"positions": n_positions, "k": k})
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return KL, agreement and loss by depth, of all positions."""
+        return {
+            "kl": rounded(result.kl[0]),
+            "top1_agreement": rounded(result.top1_agreement[0]),
+            "loss": rounded(result.loss[0]),
+        }
 
 
-def _dataset(run: Run, state: State, analysis: Analysis) -> Any:
+lens = as_function(LensAnalysis)
+
+
+def _dataset(run: Run, state: State, prepared: Prepared) -> xarray.Dataset:
     import xarray
 
     total = np.stack([state["total"].sum(0), state["total"][1]])
@@ -176,5 +206,5 @@ def _dataset(run: Run, state: State, analysis: Analysis) -> Any:
     }
     variables["n_tokens"] = ("position_set",), n.astype(np.int64)
     coords = coordinates(run, "resid") | {"position_set": ["all", "without_first"]}
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes)

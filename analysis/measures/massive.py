@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import (
+    Analysis,
+    Figures,
+    Plot,
+    as_function,
+    rounded,
+    rounded_one,
+)
+from headwater.analysis.engine.options import POSITIVE, SITE, setting
 from headwater.analysis.engine.reducer import Chunk, Reducer, State, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
-from headwater.analysis.measures.cosine_passes import median
+from headwater.analysis.engine.scan import Prepared, Steps
+from headwater.analysis.measures.cosine_passes import LARGE, median
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
+if TYPE_CHECKING:
+    import xarray
+
 LEVELS = ("large", "strict")
 PARTS = ("first", "rest")
-LARGE = 100.0
 STRICT = 1000.0
 STRICT_SIZE = 100.0
 CONVENTIONS = (
@@ -41,7 +52,8 @@ class Massive(Reducer):
 
     name = "massive"
 
-    def __init__(self, run: Run, site: str, leads: Sequence[int]) -> None:
+    def __init__(self, run: Run, site: str, leads: Sequence[int], large: float = LARGE) -> None:
+        self.large = large
         self.sites, self.leads = (site,), tuple(leads)
         self.width, self.n_positions = run[site].shape[-1], run[site].shape[2]
         self._row = run.manifest.n_positions * self.width * 4
@@ -103,8 +115,9 @@ class Massive(Reducer):
                     "position": place,
                 }
                 _keep_larger(state, found, (part, at))
-        if middle > 0 and float(size.max()) >= LARGE * middle:
-            large = size >= LARGE * middle
+        lowest = min(self.large, STRICT)
+        if middle > 0 and float(size.max()) >= lowest * middle:
+            large = size >= self.large * middle
             strict = (size >= STRICT * middle) & (size > STRICT_SIZE)
             for level, massive in enumerate((large, strict)):
                 state["sequences"][level, at] += massive.any(0)
@@ -137,27 +150,8 @@ def _keep_larger(state: State, found: State, at: tuple[int, ...]) -> None:
     target[infinite] = np.abs(target[infinite])
 
 
-def massive_analysis(run: Run, site: str = "resid") -> Analysis:
-    """Describe `massive` for the engine; it takes one pass."""
-    need_sites(run, site)
-    spec = run.spec(site)
-    if spec.axis is None or spec.dims[3:] not in (("d_model",), ("d_mlp",)):
-        raise RunError(
-            f"massive takes a site of vectors by depth or layer, such as resid; {site} has {spec.dims}."
-        )
-
-    def steps() -> Steps:
-        (state,) = yield [Massive(run, site, range(len(run.leads(site))))]
-        return _dataset(run, site, state, analysis)
-
-    thresholds = {"large": LARGE, "strict": STRICT, "strict_size": STRICT_SIZE}
-    analysis = Analysis(
-        "massive" if site == "resid" else f"massive_{site}", 1, steps, {"site": site} | thresholds
-    )
-    return analysis
-
-
-def massive(run: Run | str | Path, site: str = "resid", scan: Scan = ONE_BY_ONE) -> Any:
+@dataclass(frozen=True)
+class MassiveAnalysis(Analysis):
     """Detect massive activations of a site in one pass over the run.
 
     Returns a dataset: peak, peak_sequence, peak_position, peak_ratio, largest_ratio [positions, depth, d_model],
@@ -165,8 +159,60 @@ def massive(run: Run | str | Path, site: str = "resid", scan: Scan = ONE_BY_ONE)
     median [depth], born and died [level, d_model], max_size [positions, depth] and its dimension. `massive_origin`
     of headwater.analysis.measures.origin says where they are made.
     """
-    run = as_run(run)
-    return analyse(run, [massive_analysis(run, site)], scan)[0]
+
+    name = "massive"
+    title = "massive activations: where, how large, when they rise and fall"
+    needs = (("resid",),)
+    section = "Massive activations"
+    brings = ("massive_origin",)
+    plots = (
+        Plot(
+            "massive_depth",
+            "The largest activations over depth, and their ratio to the median.",
+            "headwater.analysis.plots.massive:massive_depth",
+        ),
+    )
+
+    site: str = setting("resid", SITE, "site", "SITE")
+    large: float = setting(
+        LARGE, POSITIVE, "an activation is large from this many times the median on", "RATIO"
+    )
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        site = self.site
+        need_sites(run, site)
+        spec = run.spec(site)
+        if spec.axis is None or spec.dims[3:] not in (("d_model",), ("d_mlp",)):
+            raise RunError(
+                f"massive takes a site of vectors by depth or layer, such as resid; {site} has {spec.dims}."
+            )
+        if not self.large > 0:
+            raise ValueError(f"large is {self.large}; expected a number above 0.")
+
+        def steps() -> Steps:
+            (state,) = yield [Massive(run, site, range(len(run.leads(site))), self.large)]
+            return _dataset(run, site, state, prepared)
+
+        thresholds = {"large": self.large, "strict": STRICT, "strict_size": STRICT_SIZE}
+        name = "massive" if site == "resid" else f"massive_{site}"
+        prepared = Prepared(name, 1, steps, {"site": site} | thresholds)
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the massive dimensions, the largest activation, and the largest at every depth."""
+        size = result.max_size.max("positions").values
+        return {
+            "strict": massive_dimensions(result, "strict"),
+            "large": massive_dimensions(result, "large")[:8],
+            "largest": rounded_one(size.max()),
+            "largest_ratio": rounded_one(result.largest_ratio.max()),
+            "max_by_depth": rounded(size),
+        }
+
+
+massive = as_function(MassiveAnalysis)
 
 
 def massive_dimensions(result: Any, level: str = "large") -> list[int]:
@@ -176,7 +222,7 @@ def massive_dimensions(result: Any, level: str = "large") -> list[int]:
     return [int(i) for i in found[np.argsort(-size[found], kind="stable")]]
 
 
-def _dataset(run: Run, site: str, state: State, analysis: Analysis) -> Any:
+def _dataset(run: Run, site: str, state: State, prepared: Prepared) -> xarray.Dataset:
     import xarray
 
     spec = run.spec(site)
@@ -212,5 +258,5 @@ def _dataset(run: Run, site: str, state: State, analysis: Analysis) -> Any:
         coords["selected_position"] = run.plain("selected_position")
     else:
         coords["position"] = np.arange(run.manifest.n_positions)
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes | {"site": site})

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from headwater.analysis.engine.analysis import Analysis, Figures, Plot, as_function, rounded
 from headwater.analysis.engine.reducer import Chunk, Reducer, State, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
+from headwater.analysis.engine.scan import Prepared, Steps
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 SITE = "resid"
 CACHE_BYTES = 3 << 20
@@ -37,6 +40,8 @@ def widen(values: np.ndarray, out: np.ndarray) -> None:
     if values.dtype != np.float16 or not values.flags.c_contiguous:
         np.copyto(out, values.reshape(out.shape))
         return
+    import torch
+
     raw = (ctypes.c_char * values.nbytes).from_address(values.ctypes.data)
     torch.from_numpy(out).copy_(torch.frombuffer(raw, dtype=torch.float16).view(out.shape))
 
@@ -48,11 +53,13 @@ class Norms(Reducer):
     """
 
     name = "norms"
+    sites = (SITE,)
     joint = True
     tokens = 1024
 
-    def __init__(self, site: str, leads: Sequence[int], width: int) -> None:
-        self.sites, self.leads, self.width = (site,), tuple(leads), width
+    def __init__(self, leads: Sequence[int], width: int) -> None:
+        self.leads = tuple(leads)
+        self.width = width
 
     def zero(self) -> State:
         """Make an empty state."""
@@ -108,33 +115,52 @@ class Norms(Reducer):
         return state
 
 
-def norms_analysis(run: Run) -> Analysis:
-    """Describe `norms` for the engine; it takes one pass."""
-    need_sites(run, SITE)
-    leads = list(range(len(run.leads(SITE))))
-    if len(leads) < 2:
-        raise RunError(
-            f"{run.path} holds one depth of {SITE}; cosines need several. Extract with more --depths."
-        )
-
-    def steps() -> Steps:
-        (state,) = yield [Norms(SITE, leads, run[SITE].shape[-1])]
-        return _dataset(run, state, analysis)
-
-    analysis = Analysis("norms", 1, steps, {})
-    return analysis
-
-
-def norms(run: Run | str | Path, scan: Scan = ONE_BY_ONE) -> Any:
+@dataclass(frozen=True)
+class NormsAnalysis(Analysis):
     """Measure norms, their growth and the cosines of consecutive depths in one pass at about reading speed.
 
     Returns a dataset: norm and n_tokens [positions, depth], consecutive and norm_growth [positions, step].
     """
-    run = as_run(run)
-    return analyse(run, [norms_analysis(run)], scan)[0]
+
+    name = "norms"
+    title = "norms and cosines of consecutive depths, at reading speed"
+    needs = (("resid",),)
+    section = "The residual stream over depth"
+    plots = (
+        Plot(
+            "norms",
+            "The norm of the stream, and its cosine and growth from each depth to the next.",
+            "headwater.analysis.plots.stream:norms",
+        ),
+    )
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        need_sites(run, SITE)
+        leads = list(range(len(run.leads(SITE))))
+        if len(leads) < 2:
+            raise RunError(
+                f"{run.path} holds one depth of {SITE}; cosines need several. Extract with more --depths."
+            )
+
+        def steps() -> Steps:
+            (state,) = yield [Norms(leads, run[SITE].shape[-1])]
+            return _dataset(run, state, prepared)
+
+        prepared = Prepared("norms", 1, steps, {})
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return norms and consecutive cosines of all positions."""
+        plain = result.sel(positions="all")
+        return {"norm": rounded(plain.norm), "consecutive": rounded(plain.consecutive)}
 
 
-def _dataset(run: Run, state: State, analysis: Analysis) -> Any:
+norms = as_function(NormsAnalysis)
+
+
+def _dataset(run: Run, state: State, prepared: Prepared) -> Any:
     import xarray
 
     total = {name: np.stack([value.sum(0), value[1]]) for name, value in state.items()}
@@ -154,5 +180,5 @@ def _dataset(run: Run, state: State, analysis: Analysis) -> Any:
         "step": coords["depth"][1:],
         "step_fraction": ("step", coords["depth_fraction"][1][1:]),
     }
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes)

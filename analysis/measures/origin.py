@@ -8,24 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from headwater.analysis.engine.analysis import (
+    Figures,
+    ModelAnalysis,
+    Plot,
+    as_function,
+    rounded_one,
+)
+from headwater.analysis.engine.options import COUNT, setting
 from headwater.analysis.engine.results import provenance
-from headwater.analysis.engine.scan import as_run
 from headwater.analysis.measures.massive import LEVELS, massive_dimensions
-from headwater.extractor.model.batch import make_batch
-from headwater.extractor.model.forward import Model
-from headwater.extractor.model.tap import NoTap
-from headwater.extractor.model.weights import Checkpoint, load_checkpoint
+from headwater.extractor.settings import MODEL, TEXT, one_of
 from headwater.store.reader import Run
 
-SITES = ("resid", "attn_out", "mlp_out", "z", "mlp_post")
+if TYPE_CHECKING:
+    import torch
+    import xarray
+
+    from headwater.extractor.model.weights import Checkpoint
+
 EXACT = 1e-10
 LARGEST = "largest"
+MODEL_HELP = "the run's model, where it has moved"
 MOST_EVENTS = 8
 CONVENTIONS = (
     "Everything in float64 with raw weights, at one dimension of one position; position counts in the stored row, "
@@ -47,22 +55,6 @@ class Event:
     dimension: int
     sequence: int
     position: int
-
-
-class PositionTap(NoTap):
-    """Keep one position, or several, of the first sequence at every site of SITES: `values[site][layer]`."""
-
-    def __init__(self, at: int | torch.Tensor) -> None:
-        self.at = at
-        self.values: dict[str, dict[int, torch.Tensor]] = {site: {} for site in SITES}
-
-    def wants(self, site: str, layer: int) -> bool:
-        """Want every site of SITES at every layer."""
-        return site in SITES
-
-    def take(self, site: str, layer: int, value: torch.Tensor) -> None:
-        """Copy the positions."""
-        self.values[site][layer] = value[0, self.at].clone()
 
 
 def massive_events(run: Run, result: Any, level: str = "large") -> list[Event]:
@@ -91,14 +83,8 @@ def massive_events(run: Run, result: Any, level: str = "large") -> list[Event]:
     return events
 
 
-def massive_origin(
-    run: Run | str | Path,
-    result: Any = None,
-    model: str | None = None,
-    events: Sequence[Event] = (),
-    level: str | None = None,
-    n_neurons: int = 10,
-) -> Any:
+@dataclass(frozen=True)
+class OriginAnalysis(ModelAnalysis):
     """Split massive activations into the contributions of embeddings, heads, MLPs and neurons.
 
     `events` are given, or are those of a `massive` result of the residual stream at a level: large or strict, or
@@ -110,33 +96,92 @@ def massive_origin(
     attn_bias [event, layer]; head_out [event, layer, head]; neuron, neuron_contribution, neuron_activation,
     neuron_weight [event, layer, rank]; neuron_rest, w_out_alignment [event, layer]; w_out_sigma [layer, sigma].
     """
-    run = as_run(run)
-    if level is None:
-        level = "large" if result is not None and massive_dimensions(result, "large") else LARGEST
-    chosen = list(events) or ([] if result is None else massive_events(run, result, level))
-    if not chosen:
-        raise ValueError(
-            f"no activation of {run.path} is massive at level {level}. Give events=, or another level."
+
+    name = "massive_origin"
+    title = "which heads, MLPs and neurons make the massive activations (runs the model)"
+    needs = (("resid",),)
+    section = "Massive activations"
+    after = "massive"
+    plots = (
+        Plot(
+            "massive_made",
+            "Which components and neurons add to the largest of these activations; the sums are exact.",
+            "headwater.analysis.plots.massive:massive_made",
+            together=False,
+        ),
+    )
+
+    model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)
+    events: Sequence[Event] = ()
+    level: str | None = setting(
+        None,
+        one_of(*LEVELS, LARGEST),
+        "large, strict or largest; by default large, or largest where none is",
+        "LEVEL",
+    )
+    n_neurons: int = setting(
+        10, COUNT, "neurons of a layer that are listed", "NEURONS", flag="--neurons"
+    )
+
+    def compute(self, run: Run, result: xarray.Dataset | None = None) -> xarray.Dataset:
+        """Run the tokens up to each event again, and take its sum apart."""
+        level = self.level
+        if level is None:
+            level = (
+                "large" if result is not None and massive_dimensions(result, "large") else LARGEST
+            )
+        chosen = list(self.events) or ([] if result is None else massive_events(run, result, level))
+        if not chosen:
+            raise ValueError(
+                f"no activation of {run.path} is massive at level {level}. Give events=, or another level."
+            )
+        from headwater.analysis.engine.positions import PositionTap
+        from headwater.extractor.model.batch import make_batch
+        from headwater.extractor.model.forward import Model
+
+        checkpoint = load_run_model(run, self.model)
+        compute = Model(checkpoint, "fp64")
+        tokens = run.plain("tokens")
+        row_start = run.plain("row_start")
+        captured: dict[bytes, PositionTap] = {}
+        found = []
+        for event in chosen:
+            ids = _prefix(tokens, row_start, event)
+            if ids.tobytes() not in captured:
+                batch = make_batch(ids[None], np.zeros((1, len(ids)), np.int32))
+                captured[ids.tobytes()] = PositionTap(len(ids) - 1)
+                compute.run(batch, captured[ids.tobytes()])
+            values = captured[ids.tobytes()].values
+            found.append(
+                _split(checkpoint, values, event, int(ids[-1]), len(ids) - 1, self.n_neurons)
+            )
+        return _dataset(
+            run, checkpoint, chosen, found, {"level": level, "n_neurons": self.n_neurons}
         )
-    checkpoint = load_run_model(run, model)
-    compute = Model(checkpoint, "fp64")
-    tokens = run.plain("tokens")
-    row_start = run.plain("row_start")
-    captured: dict[bytes, PositionTap] = {}
-    found = []
-    for event in chosen:
-        ids = _prefix(tokens, row_start, event)
-        if ids.tobytes() not in captured:
-            batch = make_batch(ids[None], np.zeros((1, len(ids)), np.int32))
-            captured[ids.tobytes()] = PositionTap(len(ids) - 1)
-            compute.run(batch, captured[ids.tobytes()])
-        values = captured[ids.tobytes()].values
-        found.append(_split(checkpoint, values, event, int(ids[-1]), len(ids) - 1, n_neurons))
-    return _dataset(run, checkpoint, chosen, found, {"level": level, "n_neurons": n_neurons})
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return where the largest event is, and the MLP and the neuron that add most to it."""
+        one = result.isel(event=0)
+        mlp = int(np.abs(one.mlp_out.values).argmax())
+        largest = one.neuron_contribution.isel(rank=0)
+        layer = int(np.abs(largest.values).argmax())  # need not be in the layer of the largest MLP
+        return {
+            "dimension": int(one.dimension),
+            "position": int(one.position),
+            "token_of_its_text": int(one.text_position),
+            "largest_mlp": f"layer {mlp}: {rounded_one(one.mlp_out[mlp])}",
+            "largest_neuron": f"L{layer}N{int(one.neuron[layer, 0])}: {rounded_one(largest[layer])}",
+        }
+
+
+massive_origin = as_function(OriginAnalysis)
 
 
 def load_run_model(run: Run, model: str | None = None) -> Checkpoint:
     """Load the model of a run, by its recorded name unless another is given; raise ValueError if the weights differ."""
+    from headwater.extractor.model.weights import load_checkpoint
+
     made = run.manifest.model
     revision = made["revision"] if model is None else None
     checkpoint = load_checkpoint(model or made["name"], revision, made["config"]["activation"])
@@ -181,6 +226,8 @@ def _split(
     position: int,
     n: int,
 ) -> dict[str, np.ndarray]:
+    import torch
+
     c = checkpoint.config
     d = event.dimension
     t = checkpoint.tensors
@@ -236,6 +283,8 @@ def _split(
 
 def _spectra(checkpoint: Checkpoint) -> tuple[np.ndarray, np.ndarray]:
     """Return the two largest singular values of every W_out [layer, 2] and the first right singular vectors [.., D]."""
+    import torch
+
     sigma = []
     vectors = []
     for i in range(checkpoint.config.n_layer):
@@ -253,7 +302,7 @@ def _dataset(
     events: list[Event],
     found: list[dict[str, np.ndarray]],
     arguments: dict[str, Any],
-) -> Any:
+) -> xarray.Dataset:
     import xarray
 
     c = checkpoint.config

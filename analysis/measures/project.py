@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Figures, ModelAnalysis, as_function
 from headwater.analysis.engine.derived import Derived, Observe, derive
+from headwater.analysis.engine.options import SOME, setting
 from headwater.analysis.engine.reducer import Chunk
 from headwater.analysis.engine.results import coordinates
 from headwater.analysis.engine.scan import as_run
 from headwater.analysis.engine.work import read_text
+from headwater.analysis.measures.origin import MODEL_HELP
+from headwater.extractor.settings import MODEL, SWITCH, TEXT
 from headwater.store.layout import make_spec
 from headwater.store.place import Place, place_of
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 RESIDUAL = ("resid", "resid_mid", "attn_out", "mlp_out")
 CONVENTIONS = (
@@ -156,28 +164,48 @@ class _Projection:
         return np.stack(out)
 
 
-def run_directions(
-    run: Run | str | Path,
-    result: Any = None,
-    model: str | None = None,
-    n: int = 10,
-    fold_ln_f: bool = False,
-) -> Any:
+@dataclass(frozen=True)
+class SvdTokensAnalysis(ModelAnalysis):
     """Read the directions of a run's `svd` of the residual stream as tokens; see `read_directions`.
 
     `model` is the run's model by default; ValueError if its weights are not those of the run.
     """
-    run = as_run(run)
-    if result is None or result.attrs["site"] not in RESIDUAL:
-        site = "none" if result is None else result.attrs["site"]
-        raise ValueError(
-            f"svd_tokens reads directions of {', '.join(RESIDUAL)}; these are of {site}."
-        )
-    there = run if "tokenizer.json" in run.manifest.statics else None
-    found = read_directions(result, model or run.manifest.model["name"], n, fold_ln_f, there)
-    found = found.assign(singular_value=result["singular_value"])
-    name = result.attrs["analysis"].replace("svd", "svd_tokens")
-    return found.assign_attrs(analysis=name)
+
+    name = "svd_tokens"
+    title = "principal directions of the residual stream read through the unembedding"
+    needs = (("resid",),)
+    section = "Its dimensions"
+    after = "svd"
+
+    model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)
+    n: int = setting(10, SOME, "tokens of a direction", "N", flag="--tokens-of-a-direction")
+    fold_ln_f: bool = setting(False, SWITCH, "fold the scale of ln_f into the directions")
+
+    def compute(self, run: Run, result: xarray.Dataset | None = None) -> xarray.Dataset:
+        """Read the directions of the result."""
+        if result is None or result.attrs["site"] not in RESIDUAL:
+            site = "none" if result is None else result.attrs["site"]
+            raise ValueError(
+                f"svd_tokens reads directions of {', '.join(RESIDUAL)}; these are of {site}."
+            )
+        there = run if "tokenizer.json" in run.manifest.statics else None
+        model = self.model or run.manifest.model["name"]
+        found = read_directions(result, model, self.n, self.fold_ln_f, there)
+        found = found.assign(singular_value=result["singular_value"])
+        name = result.attrs["analysis"].replace("svd", "svd_tokens")
+        return found.assign_attrs(analysis=name)
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the tokens of the first direction at the last depth."""
+        axis = result.token.dims[-3]
+        last = result.isel({axis: -1, "centring": -1, "positions": -1, "rank": 0})
+        named = last.token_text if "token_text" in result else last.token
+        words = named.values[0, :5].tolist()
+        return {"first_direction_at_the_last_depth": " ".join(map(repr, words))}
+
+
+svd_tokens = as_function(SvdTokensAnalysis)
 
 
 def read_directions(
@@ -186,7 +214,7 @@ def read_directions(
     n: int = 10,
     fold_ln_f: bool = False,
     run: Run | str | Path | None = None,
-) -> Any:
+) -> xarray.Dataset:
     """Read directions [..., rank, d_model] of an `svd` result through the unembedding of their model.
 
     Returns the dataset's coordinates with token and logit [sign, ..., rank, top]: the n tokens whose rows of W_U have

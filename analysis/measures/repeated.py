@@ -7,12 +7,14 @@ The first layers decide there whether a position passes for the first one (Yona 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headwater.extractor.edits.grammar import Edit
-from headwater.extractor.model.forward import Model
+
+if TYPE_CHECKING:
+    from headwater.extractor.model.forward import Model
 
 QUANTITIES = {
     "attn_sink": "first_token_share",

@@ -7,14 +7,23 @@ ones (whose rows add up to 1 only within that).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import (
+    Analysis,
+    Figures,
+    Plot,
+    as_function,
+    rounded,
+    rounded_one,
+)
+from headwater.analysis.engine.options import COUNT, FRACTION, setting
 from headwater.analysis.engine.reducer import State, chosen_leads
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
+from headwater.analysis.engine.scan import Prepared, Steps
 from headwater.analysis.measures.sink_rows import (
     QUERY_SETS,
     ROW_QUANTITIES,
@@ -26,8 +35,12 @@ from headwater.analysis.measures.sink_rows import (
 )
 from headwater.analysis.measures.transition import CONVENTIONS as TRANSITION_CONVENTIONS
 from headwater.analysis.measures.transition import Transition, find_transition
+from headwater.extractor.settings import INDICES, SWITCH, one_of
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 EPSILON = 0.3
 WINDOW = 64
@@ -58,51 +71,8 @@ CONVENTIONS = (
 )
 
 
-def sinks_analysis(
-    run: Run,
-    epsilon: float = EPSILON,
-    window: int = WINDOW,
-    source: str = "auto",
-    words: bool | None = None,
-    layers: str | Iterable[int] | None = None,
-) -> Analysis:
-    """Describe `sinks` for the engine; it takes one pass."""
-    if not 0 < epsilon < 1:
-        raise ValueError(f"epsilon is {epsilon}; expected a number between 0 and 1.")
-    if window < 1:
-        raise ValueError(f"window is {window}; expected a number of positions from 1 on.")
-    source = _source(run, source)
-    site = "pattern" if source == "pattern" else STATISTIC_SITES[0]
-    stored = run.leads(site)
-    chosen = chosen_leads(run, site, layers)
-    table = _words(run, source, words)
-    leads = [stored.index(layer) for layer in chosen]
-    window = min(window, run.manifest.n_positions)
-
-    def steps() -> Steps:
-        (state,) = yield [Sinks(run, source, epsilon, window, leads, table)]
-        return _dataset(run, site, leads, state, analysis)
-
-    arguments = {
-        "epsilon": epsilon,
-        "window": window,
-        "source": source,
-        "words": table is not None,
-        "layers": chosen,
-    }
-    analysis = Analysis("sinks", 1, steps, arguments)
-    return analysis
-
-
-def sinks(
-    run: Run | str | Path,
-    epsilon: float = EPSILON,
-    window: int = WINDOW,
-    source: str = "auto",
-    words: bool | None = None,
-    layers: str | Iterable[int] | None = None,
-    scan: Scan = ONE_BY_ONE,
-) -> Any:
+@dataclass(frozen=True)
+class SinksAnalysis(Analysis):
     """Measure attention sinks of every layer and head in one pass over the run.
 
     `source` is "pattern", "statistics" (attn_entropy, attn_sink, attn_distance, attn_received) or "auto": patterns
@@ -111,8 +81,114 @@ def sinks(
 
     Returns a dataset with the quantities of CONVENTIONS by query_set, layer, head and key.
     """
-    run = as_run(run)
-    return analyse(run, [sinks_analysis(run, epsilon, window, source, words, layers)], scan)[0]
+
+    name = "sinks"
+    title = "first-token share, Sink_k, entropies, received attention, distance, word share, l_in and l_out"
+    needs = (("pattern",), STATISTIC_SITES)
+    section = "Attention sinks and the transition"
+    brings = ("false_sinks",)
+    plots = (
+        Plot(
+            "sink_layers",
+            "Mass on the first key by layer, the transition, and how evenly the rest lies.",
+            "headwater.analysis.plots.attention:sink_layers",
+        ),
+        Plot(
+            "sink_map",
+            "Mass on the first key, second-half queries, head by head.",
+            "headwater.analysis.plots.attention:sink_map",
+            together=False,
+        ),
+        Plot(
+            "received",
+            "What every key receives; keys that fewer than 16 rows see are left out. Dark: early "
+            "layers, light: late.",
+            "headwater.analysis.plots.attention:received",
+            together=False,
+        ),
+        Plot(
+            "words",
+            "Mass on earlier tokens of the query's own word over that on other keys at the same "
+            "distances; above 0: more.",
+            "headwater.analysis.plots.attention:words",
+            together=False,
+            variable="attn_word",
+        ),
+    )
+
+    epsilon: float = setting(EPSILON, FRACTION, "ε of Sink_k^ε", "EPSILON")
+    window: int = setting(WINDOW, COUNT, "T of Sink_k^ε", "WINDOW")
+    source: str = setting(
+        "auto", one_of("auto", "pattern", "statistics"), "pattern, statistics or auto", "SOURCE"
+    )
+    words: bool | None = setting(
+        None,
+        SWITCH,
+        "attn_word, which needs patterns and a tokenizer; by default where both are there",
+    )
+    layers: str | Iterable[int] | None = setting(
+        None, INDICES, "layers: 0,4:8, -1; by default all that are stored", "LAYERS"
+    )
+
+    def alternatives(self) -> tuple[tuple[str, ...], ...]:
+        """Return the sites of the source that is named."""
+        return {"pattern": (("pattern",),), "statistics": (STATISTIC_SITES,)}.get(
+            self.source, self.needs
+        )
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        epsilon = self.epsilon
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon is {epsilon}; expected a number between 0 and 1.")
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; expected a number of positions from 1 on.")
+        source = _source(run, self.source)
+        site = "pattern" if source == "pattern" else STATISTIC_SITES[0]
+        stored = run.leads(site)
+        chosen = chosen_leads(run, site, self.layers)
+        table = _words(run, source, self.words)
+        leads = [stored.index(layer) for layer in chosen]
+        window = min(self.window, run.manifest.n_positions)
+
+        def steps() -> Steps:
+            (state,) = yield [Sinks(run, source, epsilon, window, leads, table)]
+            return _dataset(run, site, leads, state, prepared)
+
+        arguments = {
+            "epsilon": epsilon,
+            "window": window,
+            "source": source,
+            "words": table is not None,
+            "layers": chosen,
+        }
+        prepared = Prepared("sinks", 1, steps, arguments)
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the layers of the transition, the share by layer, and the strongest head."""
+        share = result.first_token_share.sel(query_set="second_half")
+        layer, head = np.unravel_index(np.nanargmax(share.values), share.shape)
+        return {
+            "l_in": _layer(result.l_in),
+            "l_out": _layer(result.l_out),
+            "concentrates_in": _layer(result.concentrates_in),
+            "second_half_share": rounded(result.share_by_layer.sel(query_set="second_half")),
+            "strongest_head": f"L{int(result.layer[layer])}H{int(result['head'][head])}",
+            "strongest_share": rounded_one(share.values[layer, head]),
+        }
+
+
+sinks = as_function(SinksAnalysis)
+
+
+def _layer(value: xarray.DataArray) -> int | str:
+    """Return a layer, or why there is none: ramp, none, too few layers and so on."""
+    if np.isfinite(value):
+        return int(value)
+    said = str(value.attrs["transition"])
+    return "none" if said == "steps" else said
 
 
 def _source(run: Run, source: str) -> str:
@@ -164,7 +240,9 @@ def _ratio(total: np.ndarray, n: np.ndarray) -> np.ndarray:
     return np.where(n > 0, total / np.maximum(n, 1), np.nan)
 
 
-def _dataset(run: Run, site: str, leads: list[int], state: State, analysis: Analysis) -> Any:
+def _dataset(
+    run: Run, site: str, leads: list[int], state: State, prepared: Prepared
+) -> xarray.Dataset:
     import xarray
 
     means = dict(zip(ROW_QUANTITIES, _ratio(state["total"], state["n"]), strict=True))
@@ -218,7 +296,7 @@ def _dataset(run: Run, site: str, leads: list[int], state: State, analysis: Anal
         coords["window_key"] = np.arange(rate.shape[-1])
     if "attn_word" in variables:
         coords |= {"same_word": [True, False], "word_distance": np.arange(1, WORD_REACH + 1)}
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     layers = [int(layer) for layer in coords["layer"]]
     whole = len(layers) == run.manifest.model["config"]["n_layer"]
     half = QUERY_SETS.index("second_half")

@@ -8,23 +8,36 @@ the right singular vectors of the stacked rows, σ² the eigenvalues. Worst rela
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import (
+    STATE_BYTES,
+    Analysis,
+    Figures,
+    Plot,
+    as_function,
+    rounded,
+)
 from headwater.analysis.engine.moments import add_rows, merge_mean, merge_scatter, with_room
+from headwater.analysis.engine.options import SITE, SOME, setting, some_of
 from headwater.analysis.engine.reducer import Chunk, Reducer, State, chosen_leads, need_sites
 from headwater.analysis.engine.results import coordinates, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
+from headwater.analysis.engine.scan import Prepared, Steps
+from headwater.extractor.settings import INDICES
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
+
+if TYPE_CHECKING:
+    import xarray
 
 FIRST = 0
 REST = 1
 CENTRINGS = ("raw", "centred")
 POSITIONS = ("all", "without_first")
-STATE_BYTES = 256 << 20
+VECTORS = ("resid", "mlp_post", "mlp_out", "attn_out", "resid_mid", "mlp_pre")
 CONVENTIONS = (
     "Rows are the real positions of all complete sequences, pooled. centring raw: about zero, centred: about the mean "
     "of the rows that are in. positions without_first leaves out each row's first visible key. participation_ratio = "
@@ -156,74 +169,110 @@ def effective_rank(sigma: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def svd_analysis(
-    run: Run,
-    site: str = "resid",
-    at: str | Iterable[int] | None = None,
-    centrings: Sequence[str] = CENTRINGS,
-    positions: Sequence[str] = POSITIONS,
-    k: int = 32,
-    state_bytes: int = STATE_BYTES,
-) -> Analysis:
-    """Describe `svd` for the engine; it takes one pass for every `state_bytes` of scatter matrices."""
-    need_sites(run, site)
-    array = run[site]
-    if not {"d_model", "d_mlp", "d_head"} & set(array.dims):
-        raise RunError(
-            f"svd takes a site of vectors, such as resid or mlp_out; {site} has dimensions {array.dims}."
-        )
-    for what, given, known in (
-        ("centrings", centrings, CENTRINGS),
-        ("positions", positions, POSITIONS),
-    ):
-        if not given or set(given) - set(known):
-            raise ValueError(f"{what} is {tuple(given)}; expected some of {known}.")
-    stored = run.leads(site)
-    wanted = chosen_leads(run, site, at, "at")
-    leads = [stored.index(i) for i in wanted]
-    per = max(state_bytes // Scatter(run, site, leads[:1]).nbytes, 1)
-    parts = [leads[i : i + per] for i in range(0, len(leads), per)]
-
-    def steps() -> Steps:
-        found = []
-        for part in parts:
-            reducer = Scatter(run, site, part)
-            (state,) = yield [reducer]
-            found += [
-                _variants(reducer, state, i, centrings, positions, k) for i in range(len(part))
-            ]
-        return _dataset(run, site, leads, found, centrings, positions, analysis)
-
-    arguments = {
-        "site": site,
-        "at": wanted,
-        "centrings": list(centrings),
-        "positions": list(positions),
-        "k": k,
-    }
-    analysis = Analysis("svd" if site == "resid" else f"svd_{site}", len(parts), steps, arguments)
-    return analysis
-
-
-def svd(
-    run: Run | str | Path,
-    site: str = "resid",
-    at: str | Iterable[int] | None = None,
-    centrings: Sequence[str] = CENTRINGS,
-    positions: Sequence[str] = POSITIONS,
-    k: int = 32,
-    scan: Scan = ONE_BY_ONE,
-) -> Any:
+@dataclass(frozen=True)
+class SvdAnalysis(Analysis):
     """Compute the exact PCA/SVD of a vector site at every layer or depth (or at those of `at`).
 
     Returns a dataset with singular_value [centring, positions, lead(, head), component], participation_ratio,
     effective_rank, n_rows, mean and the first k directions. q, k, v and z are taken head by head.
     """
-    run = as_run(run)
-    state_bytes = scan.state_bytes(run, STATE_BYTES)
-    return analyse(run, [svd_analysis(run, site, at, centrings, positions, k, state_bytes)], scan)[
-        0
-    ]
+
+    name = "svd"
+    title = "spectra and principal directions of a vector site, centred or not, first position in or out"
+    needs = tuple((site,) for site in VECTORS)
+    section = "Its dimensions"
+    brings = ("svd_tokens",)
+    plots = (
+        Plot(
+            "spectra",
+            "Singular values of the stream at every depth; dark: early, light: late.",
+            "headwater.analysis.plots.stream:spectra",
+            together=False,
+        ),
+        Plot(
+            "dimensions",
+            "How many dimensions the stream uses, with and without first positions.",
+            "headwater.analysis.plots.stream:dimensions",
+        ),
+    )
+
+    site: str = setting("resid", SITE, "site", "SITE")
+    at: str | Iterable[int] | None = setting(
+        None, INDICES, "layers or depths: 0,4:8, -1; by default all that are stored", "AT"
+    )
+    centrings: Sequence[str] = setting(
+        CENTRINGS,
+        some_of(*CENTRINGS),
+        "about zero (raw), about the mean (centred), or both",
+        "LIST",
+    )
+    positions: Sequence[str] = setting(
+        POSITIONS,
+        some_of(*POSITIONS),
+        "rows: all, without_first, or both",
+        "LIST",
+        flag="--position-sets",
+    )
+    k: int = setting(32, SOME, "directions", "K")
+
+    def prepare(self, run: Run, state_bytes: int = STATE_BYTES) -> Prepared:
+        """Make it ready for the engine; it takes one pass for every `state_bytes` of scatter matrices."""
+        site = self.site
+        centrings = self.centrings
+        positions = self.positions
+        need_sites(run, site)
+        array = run[site]
+        if not {"d_model", "d_mlp", "d_head"} & set(array.dims):
+            raise RunError(
+                f"svd takes a site of vectors, such as resid or mlp_out; {site} has dimensions {array.dims}."
+            )
+        for what, given, known in (
+            ("centrings", centrings, CENTRINGS),
+            ("positions", positions, POSITIONS),
+        ):
+            if not given or set(given) - set(known):
+                raise ValueError(f"{what} is {tuple(given)}; expected some of {known}.")
+        stored = run.leads(site)
+        wanted = chosen_leads(run, site, self.at, "at")
+        leads = [stored.index(i) for i in wanted]
+        per = max(state_bytes // Scatter(run, site, leads[:1]).nbytes, 1)
+        parts = [leads[i : i + per] for i in range(0, len(leads), per)]
+
+        def steps() -> Steps:
+            found = []
+            for part in parts:
+                reducer = Scatter(run, site, part)
+                (state,) = yield [reducer]
+                found += [
+                    _variants(reducer, state, i, centrings, positions, self.k)
+                    for i in range(len(part))
+                ]
+            return _dataset(run, site, leads, found, centrings, positions, prepared)
+
+        arguments = {
+            "site": site,
+            "at": wanted,
+            "centrings": list(centrings),
+            "positions": list(positions),
+            "k": self.k,
+        }
+        prepared = Prepared(
+            "svd" if site == "resid" else f"svd_{site}", len(parts), steps, arguments
+        )
+        return prepared
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the participation ratios of the last variant."""
+        chosen = {"centring": result.centring.values[-1], "positions": result.positions.values[-1]}
+        ratio = result.participation_ratio.sel(chosen)
+        return {
+            "variant": " ".join(map(str, chosen.values())),
+            "participation_ratio": rounded(ratio)[:64],
+        }
+
+
+svd = as_function(SvdAnalysis)
 
 
 def _variants(
@@ -263,8 +312,8 @@ def _dataset(
     found: list[dict[str, np.ndarray]],
     centrings: Sequence[str],
     positions: Sequence[str],
-    analysis: Analysis,
-) -> Any:
+    prepared: Prepared,
+) -> xarray.Dataset:
     import xarray
 
     dims = run[site].dims
@@ -282,5 +331,5 @@ def _dataset(
         "positions": list(positions),
         "component": np.arange(found[0]["singular_value"].shape[-1]),
     }
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes | {"site": site})

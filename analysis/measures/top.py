@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Analysis, Figures, rounded_one
+from headwater.analysis.engine.options import COUNT, SIGN, SITE, SOME, required, setting
 from headwater.analysis.engine.reducer import (
     Chunk,
     Reducer,
@@ -17,12 +20,18 @@ from headwater.analysis.engine.reducer import (
     need_sites,
 )
 from headwater.analysis.engine.results import coordinates, load, provenance
-from headwater.analysis.engine.scan import ONE_BY_ONE, Analysis, Scan, Steps, analyse, as_run
+from headwater.analysis.engine.scan import ONE_BY_ONE, Prepared, Scan, Steps, analyse, as_run
+from headwater.analysis.measures.contexts import contexts_html
 from headwater.analysis.measures.top_units import Units, basis_of, keys_of
+from headwater.extractor.settings import INDICES, SWITCH, count_from
 from headwater.store.manifest import RunError
 from headwater.store.reader import Run
 
+if TYPE_CHECKING:
+    import xarray
+
 KEEP = 16
+VECTORS = ("mlp_post", "resid", "mlp_out", "attn_out", "resid_mid", "mlp_pre", "z", "pattern")
 MARGIN = 8  # tokens beside a context in which a character of its ends may begin or end
 CONVENTIONS = (
     "Units are the dimensions of a vector site, or directions: (x − mean) · direction of an svd result, centred and "
@@ -113,7 +122,7 @@ def _largest(
     return np.take_along_axis(value, order, -1), np.take_along_axis(place, order[..., None], -2)
 
 
-def top_analysis(
+def prepare_top(
     run: Run,
     site: str,
     units: str | Iterable[int] | None = None,
@@ -123,8 +132,8 @@ def top_analysis(
     reach: int = 8,
     directions: Any = None,
     keep: int | None = None,
-) -> Analysis:
-    """Describe `top` for the engine; it takes one pass."""
+) -> Prepared:
+    """Make `top` ready for the engine; it takes one pass."""
     need_sites(run, site)
     spec = run.spec(site)
     per_head = spec.dims[-1] in ("d_head", "key")
@@ -160,7 +169,7 @@ def top_analysis(
         (state,) = yield [Top(run, site, leads, measure, k, sign)]
         kept = np.arange(len(chosen)) if keep is None else _outstanding(state["value"], keep)
         state = {name: value[:, kept] for name, value in state.items()}
-        return _dataset(run, site, leads, chosen[kept], sign, reach, state, analysis)
+        return _dataset(run, site, leads, chosen[kept], sign, reach, state, prepared)
 
     arguments = {
         "site": site,
@@ -173,8 +182,8 @@ def top_analysis(
         "directions": None if directions is None else str(directions.attrs["arguments"]),
     }
     name = f"top_{site}" if directions is None else f"top_{site}_directions"
-    analysis = Analysis(name, 1, steps, arguments)
-    return analysis
+    prepared = Prepared(name, 1, steps, arguments)
+    return prepared
 
 
 def top(
@@ -200,28 +209,73 @@ def top(
     """
     run = as_run(run)
     return analyse(
-        run, [top_analysis(run, site, units, at, k, sign, reach, directions, keep)], scan
+        run, [prepare_top(run, site, units, at, k, sign, reach, directions, keep)], scan
     )[0]
 
 
-def run_top(
-    run: Run,
-    site: str,
-    units: str | Iterable[int] | None = None,
-    at: str | Iterable[int] | None = None,
-    k: int = 10,
-    sign: int = 1,
-    reach: int = 8,
-    directions: bool = False,
-    keep: int | None = None,
-) -> Analysis:
-    """Describe `top` as the command line calls it: `directions` are those of the kept `svd` result of the site.
+@dataclass(frozen=True)
+class TopAnalysis(Analysis):
+    """Find the contexts in which units are most active, as `top` does; `directions` are those of the kept `svd`.
 
     Where no units are named, the KEEP most outstanding ones are kept.
     """
-    found = _kept_svd(run, site) if directions else None
-    keep = KEEP if keep is None and units is None else keep
-    return top_analysis(run, site, units, at, k, sign, reach, found, keep)
+
+    name = "top"
+    title = "contexts in which units are most active, with their tokens"
+    needs = tuple((site,) for site in VECTORS)
+    section = "Where units are active"
+
+    site: str = required(
+        SITE, "site; by default the first that is there of mlp_post, resid and so on", "SITE"
+    )
+    units: str | Iterable[int] | None = setting(
+        None,
+        INDICES,
+        "neurons, dimensions, heads or directions; by default those that stand out",
+        "UNITS",
+    )
+    at: str | Iterable[int] | None = setting(
+        None, INDICES, "layers or depths: 0,4:8, -1; by default all that are stored", "AT"
+    )
+    k: int = setting(10, SOME, "contexts of a unit", "K")
+    sign: int = setting(1, SIGN, "1 for the largest values, -1 for the smallest", "SIGN")
+    reach: int = setting(8, count_from(0, 1000), "tokens shown on either side", "REACH")
+    directions: bool = setting(
+        False, SWITCH, "units are the directions of the kept svd of the site"
+    )
+    keep: int | None = setting(
+        None, COUNT, "units that are kept, those that stand out most; by default 16", "N"
+    )
+
+    def prepare(self, run: Run, state_bytes: int = 0) -> Prepared:
+        """Make it ready for the engine; it takes one pass."""
+        found = _kept_svd(run, self.site) if self.directions else None
+        keep = self.keep
+        if keep is None and self.units is None:
+            keep = KEEP
+        return prepare_top(
+            run, self.site, self.units, self.at, self.k, self.sign, self.reach, found, keep
+        )
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the largest value, where it is, and its token."""
+        value = result.value[..., 0].values
+        lead, unit = np.unravel_index(np.nanargmax(value), value.shape)
+        axis = result["value"].dims[0]
+        figures = {
+            "site": result.attrs["site"],
+            "largest": rounded_one(value[lead, unit]),
+            "at": f"{axis} {int(result[axis][lead])}, unit {int(result.unit[unit])}",
+        }
+        if "token_text" in result:
+            figures["token"] = repr(str(result.token_text.values[lead, unit, 0]))
+        return figures
+
+    @staticmethod
+    def page(result: xarray.Dataset) -> str:
+        """Return the contexts as a table."""
+        return contexts_html(result)
 
 
 def _kept_svd(run: Run, site: str) -> Any:
@@ -260,8 +314,8 @@ def _dataset(
     sign: int,
     reach: int,
     state: State,
-    analysis: Analysis,
-) -> Any:
+    prepared: Prepared,
+) -> xarray.Dataset:
     import xarray
 
     spec = run.spec(site)
@@ -305,7 +359,7 @@ def _dataset(
         name: value for name, value in coordinates(run, site, leads).items() if name != "head"
     }
     coords |= {"unit": units, "offset": np.arange(-reach, reach + 1)}
-    attributes = provenance(run, analysis.name, analysis.arguments, analysis.passes, CONVENTIONS)
+    attributes = provenance(run, prepared.name, prepared.arguments, prepared.passes, CONVENTIONS)
     return xarray.Dataset(variables, coords, attributes | {"site": site})
 
 

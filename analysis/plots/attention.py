@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from headwater.analysis.engine.results import RunResults
-from headwater.analysis.suite.figures import (
+from headwater.analysis.plots.draw import (
     HEIGHT,
     WIDTH,
     colour_of,

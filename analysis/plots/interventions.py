@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Plot, Shown
 from headwater.analysis.engine.results import RunResults
-from headwater.analysis.suite.figures import (
+from headwater.analysis.plots.draw import (
     HEIGHT,
     colour_of,
     heat,
@@ -20,6 +21,136 @@ from headwater.analysis.suite.figures import (
 )
 
 MOST_TARGETS = 6
+
+
+class Plateau(Shown):
+    """Sweeps of a state from one prompt's to another's."""
+
+    name = "plateau"
+    plots = (
+        Plot(
+            "plateau_map",
+            "How wide the flat parts at both ends of the path are, by depth of the state that is moved.",
+            "headwater.analysis.plots.interventions:plateau_map",
+            together=False,
+        ),
+        Plot(
+            "plateau_curves",
+            "How far the output has gone along the path between two states, pair by pair.",
+            "headwater.analysis.plots.interventions:plateau_curves",
+            together=False,
+        ),
+    )
+
+
+class PlateauParts(Shown):
+    """Plateaus when a part of the model is frozen or made linear."""
+
+    name = "plateau_parts"
+    plots = (
+        Plot(
+            "plateau_parts",
+            "The width of plateaus when a part of the model is frozen or made linear.",
+            "headwater.analysis.plots.interventions:plateau_parts",
+            together=False,
+        ),
+    )
+
+
+class PlateauHeads(Shown):
+    """What each head does along the path."""
+
+    name = "plateau_heads"
+    plots = (
+        Plot(
+            "plateau_heads",
+            "Which heads change along the path, split into pattern, values and both.",
+            "headwater.analysis.plots.interventions:plateau_heads",
+            together=False,
+        ),
+        Plot(
+            "saturation",
+            "One head along the path: scores, pattern and output; the head whose pattern moves most.",
+            "headwater.analysis.plots.interventions:saturation",
+            together=False,
+        ),
+    )
+
+
+class PlateauJacobian(Shown):
+    """How sensitive the output is along the path."""
+
+    name = "plateau_jacobian"
+    plots = (
+        Plot(
+            "jacobian",
+            "How sensitive the output is to the state that is moved, along the path.",
+            "headwater.analysis.plots.interventions:jacobian",
+            together=False,
+        ),
+    )
+
+
+class Patch(Shown):
+    """Clean activations patched into corrupt prompts."""
+
+    name = "patch"
+    plots = (
+        Plot(
+            "patching",
+            "Share of the clean logit difference that each place restores.",
+            "headwater.analysis.plots.interventions:patching",
+            together=False,
+        ),
+    )
+
+
+class Ablate(Shown):
+    """Ablation by scale."""
+
+    name = "ablate"
+    plots = (
+        Plot(
+            "ablation",
+            "Loss, attention on the first token and norms over the scale of the target.",
+            "headwater.analysis.plots.interventions:ablation",
+            together=False,
+        ),
+        Plot(
+            "ablation_heads",
+            "Derivative of each head's first-token share by the scale, and its share without the target.",
+            "headwater.analysis.plots.interventions:ablation_heads",
+            together=False,
+        ),
+    )
+
+
+class Effects(Shown):
+    """Direct and total effects of heads and MLPs."""
+
+    name = "effects"
+    plots = (
+        Plot(
+            "effects",
+            "What the loss loses without each head and MLP, directly and in total.",
+            "headwater.analysis.plots.interventions:effects",
+            together=False,
+        ),
+    )
+
+
+class Repeated(Shown):
+    """Prompts of one repeated token."""
+
+    name = "repeated"
+    plots = (
+        Plot(
+            "repeated",
+            "One token repeated: attention and norms of the first layers.",
+            "headwater.analysis.plots.interventions:repeated",
+            together=False,
+        ),
+    )
 
 
 def plateau_map(runs: Sequence[RunResults]) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from headwater.analysis.engine.results import RunResults
 from headwater.analysis.measures.massive import massive_dimensions
-from headwater.analysis.suite.figures import HEIGHT, colour_of, legend, letter, make_figure
+from headwater.analysis.plots.draw import HEIGHT, colour_of, legend, letter, make_figure
 
 MOST_DIMENSIONS = 4
 MOST_NEURONS = 12

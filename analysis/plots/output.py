@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headwater.analysis.engine.analysis import Figures, Plot, Shown, rounded, rounded_one
 from headwater.analysis.engine.results import RunResults
-from headwater.analysis.suite.figures import (
+from headwater.analysis.plots.draw import (
     HEIGHT,
     colour_of,
     heat,
@@ -18,6 +19,66 @@ from headwater.analysis.suite.figures import (
     number_ticks,
     shade_of,
 )
+
+if TYPE_CHECKING:
+    import xarray
+
+
+class Weights(Shown):
+    """The singular values and directions of a model's weights."""
+
+    name = "weights"
+    section = "The weights"
+    plots = (
+        Plot(
+            "weight_spectra",
+            "Singular values of the weights by layer; dark: early, light: late.",
+            "headwater.analysis.plots.output:weight_spectra",
+            together=False,
+        ),
+    )
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the largest singular values by layer."""
+        return {
+            "w_out_sigma_1": rounded(result.w_out_sigma.values[:, 0]),
+            "ov_sigma_1": rounded(result.ov_sigma[:, :, 0].max("head")),
+        }
+
+
+class Coherence(Shown):
+    """How near the top tokens of the weights' directions stand in a corpus."""
+
+    name = "coherence"
+    section = "The weights"
+    plots = (
+        Plot(
+            "coherence",
+            "Fraction of the weights' SVD directions whose top tokens stand near each other "
+            "in the corpus; bands: bootstrap.",
+            "headwater.analysis.plots.output:coherence",
+            together=False,
+        ),
+    )
+
+    @staticmethod
+    def headline(result: xarray.Dataset) -> Figures:
+        """Return the share of coherent directions by kind, and how it changes at the transition."""
+        names = [str(kind) for kind in result.kind.values]
+        coherent = result.coherent_fraction
+        scored = result.n_scored.sum("layer") / result.n_directions.sum("layer")
+        figures: Figures = {f"{kind}_coherent": rounded(coherent.sel(kind=kind)) for kind in names}
+        for kind in names:
+            figures[f"{kind}_with_a_score"] = rounded_one(scored.sel(kind=kind))
+        if not np.isfinite(result.l_in):
+            return figures
+        for kind in names:
+            one = result.sel(kind=kind)
+            figures[f"{kind}_after_minus_before"] = rounded_one(one.difference)
+            figures[f"{kind}_beyond_a_line"] = rounded_one(one.difference_beyond_line)
+            figures[f"{kind}_p"] = rounded_one(one.difference_p)
+        return figures
 
 
 def lens(runs: Sequence[RunResults]) -> Any:

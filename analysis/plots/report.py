@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from headwater.analysis.engine.analysis import Shown
 from headwater.analysis.engine.results import RunResults
-from headwater.analysis.measures.contexts import contexts_html
 from headwater.analysis.plots.catalogue import Drawn, draw
-from headwater.analysis.suite.figures import render
-from headwater.analysis.suite.registry import REGISTRY
-from headwater.analysis.suite.summary import summarise
+from headwater.analysis.plots.draw import render
+from headwater.analysis.suite.registry import base_name, kinds, sections
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1b1b;max-width:58rem;margin:2rem auto;padding:0 1rem}
@@ -26,18 +25,6 @@ mark{background:#ffd76a;border-radius:2px}i{color:#999;font-style:normal}summary
 details{font-size:.87rem;margin:.6rem 0}.number{font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
 nav a{margin-right:.9rem;display:inline-block}
 """
-SECTIONS = (
-    ("The residual stream over depth", ("cosine", "norms", "cka")),
-    ("Its dimensions", ("svd", "svd_tokens")),
-    ("Attention sinks and the transition", ("sinks",)),
-    ("Repeated tokens", ("false_sinks",)),
-    ("Massive activations", ("massive", "massive_origin")),
-    ("What the depths predict", ("lens",)),
-    ("What writes the output", ("attribution",)),
-    ("Heads compared", ("heads", "favourites")),
-    ("Where units are active", ("top",)),
-    ("The weights", ("weights", "coherence")),
-)
 
 
 def report(
@@ -50,10 +37,11 @@ def report(
     drawn = draw(runs)
     labels = [run.label for run in runs]
     title = f"Headwater: {', '.join(labels[:4])}{' …' if len(labels) > 4 else ''}"
-    sections = [
-        _section(at, heading, names, runs, drawn) for at, (heading, names) in enumerate(SECTIONS)
+    made = [
+        _section(at, heading, shown, runs, drawn)
+        for at, (heading, shown) in enumerate(sections().items())
     ]
-    there = [(at, SECTIONS[at][0]) for at, text in enumerate(sections) if text]
+    there = [(at, heading) for at, heading in enumerate(sections()) if made[at]]
     nav = " ".join(f'<a href="#s{at}">{escape(heading)}</a>' for at, heading in there)
     missing = [
         (label, name, why)
@@ -63,7 +51,7 @@ def report(
     parts = [
         f"<h1>{escape(title)}</h1><nav>{nav}</nav><h2>The runs</h2>",
         _provenance(runs),
-        *sections,
+        *made,
     ]
     if missing:
         parts += ["<h2>What was left out</h2>", _table(("run", "analysis", "why"), missing)]
@@ -75,44 +63,38 @@ def report(
 
 
 def _section(
-    at: int, heading: str, names: Sequence[str], runs: Sequence[RunResults], drawn: Sequence[Drawn]
+    at: int,
+    heading: str,
+    shown: Sequence[type[Shown]],
+    runs: Sequence[RunResults],
+    drawn: Sequence[Drawn],
 ) -> str:
-    figures = "".join(_figure(one) for one in drawn if one.plot.needs[0] in names)
-    numbers = []
+    """Return a section: figures, what analyses show besides, headline numbers, and definitions; "" for nothing."""
+    names = [kind.name for kind in shown]
+    figures = "".join(_figure(one) for one in drawn if one.kind.name in names)
+    numbers: list[tuple[str, ...]] = []
     notes = []
-    tables = []
+    pages = []
     for run in runs:
         for key, dataset in run.results.items():
             name = base_name(key)
             if name not in names:
                 continue
-            numbers += [
-                (run.label, key, label.replace("_", " "), _number(v))
-                for label, v in summarise(name, dataset).items()
-            ]
+            kind = kinds()[name]
+            for label, value in kind.headline(dataset).items():
+                numbers.append((run.label, key, label.replace("_", " "), _number(value)))
             notes.append(_notes(run.label, key, dataset))
-            if name == "top":
-                tables.append(
-                    f"<h3>{escape(run.label)}: {escape(key)}</h3><div class=scroll>{contexts_html(dataset)}</div>"
-                )
-    if not figures and not numbers:
+            if page := kind.page(dataset):
+                title = f"{escape(run.label)}: {escape(key)}"
+                pages.append(f"<h3>{title}</h3><div class=scroll>{page}</div>")
+    if not figures and not numbers and not pages:
         return ""
-    table = (
-        f"<div class=scroll>{_table(('run', 'analysis', 'figure', 'value'), numbers)}</div>"
-        if numbers
-        else ""
-    )
-    return f'<h2 id="s{at}">{escape(heading)}</h2>{figures}{"".join(tables)}{table}{"".join(notes)}'
-
-
-def base_name(key: str) -> str:
-    """Return the analysis of a kept result: `svd` for svd_mlp_out."""
-    fits = [
-        name
-        for name in (*REGISTRY, "weights", "coherence")
-        if key == name or key.startswith(f"{name}_")
-    ]
-    return max(fits, key=len, default=key)
+    table = ""
+    if numbers:
+        rows = _table(("run", "analysis", "figure", "value"), numbers)
+        table = f"<div class=scroll>{rows}</div>"
+    title = f'<h2 id="s{at}">{escape(heading)}</h2>'
+    return "".join([title, figures, *pages, table, *notes])
 
 
 def _figure(one: Drawn) -> str:

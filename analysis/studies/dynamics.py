@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from headwater.analysis.engine.scan import analyse
-from headwater.analysis.measures.massive import massive_analysis
+from headwater.analysis.measures.massive import MassiveAnalysis
 from headwater.analysis.measures.sink_rows import STATISTIC_SITES
-from headwater.analysis.measures.sinks import sinks_analysis
-from headwater.analysis.measures.svd import svd_analysis
+from headwater.analysis.measures.sinks import SinksAnalysis
+from headwater.analysis.measures.svd import SvdAnalysis
 from headwater.store.reader import Run
 
 SITES = ("resid", "loss", *STATISTIC_SITES)
@@ -118,7 +118,11 @@ def _figures(run: Run) -> Any:
     """Return the figures of one checkpoint."""
     import xarray
 
-    analyses = [massive_analysis(run), sinks_analysis(run, source="statistics"), svd_analysis(run)]
+    analyses = [
+        MassiveAnalysis().prepare(run),
+        SinksAnalysis(source="statistics").prepare(run),
+        SvdAnalysis().prepare(run),
+    ]
     massive, sinks, svd = analyse(run, analyses)
     peak = massive.stack(place=("positions", "d_model"))
     peak = peak.isel(place=abs(peak.peak).argmax("place"))

@@ -12,25 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headwater.analysis.engine.analysis import STATE_BYTES, Analysis, ModelAnalysis
 from headwater.analysis.engine.results import ForeignResult, analysis_path, load, save
 from headwater.analysis.engine.scan import (
     ONE_BY_ONE,
-    Analysis,
+    Prepared,
     Scan,
     analyse,
     as_run,
     committed_blocks,
 )
-from headwater.analysis.suite.registry import ENTRIES, REGISTRY, Entry, entry_of, flag_of
+from headwater.analysis.suite.registry import (
+    analyses,
+    analysis_of,
+    flag_of,
+    make_analysis,
+    own_options,
+    takes,
+)
 from headwater.store.entry import digest_of
 from headwater.store.files import json_sum
-from headwater.store.manifest import RunError
 from headwater.store.place import Place
 from headwater.store.reader import Run
 from headwater.store.version import __version__
 
 KEEP_SECONDS = 30.0
-STATE_BYTES = 256 << 20
 
 
 @dataclass
@@ -71,21 +77,21 @@ def analyze(
     waiting = describe(run, chosen, named, options, scan, out)
     if not again:
         for name, one in list(waiting.items()):
-            if (kept := _kept(run, one.analysis.name, one.request)) is not None:
+            if (kept := _kept(run, one.prepared.name, one.request)) is not None:
                 _add(out, run, name, kept)
                 out.reused.append(name)
                 del waiting[name]
     if waiting:
         committed_blocks(run, scan.partial)  # refuses an unfinished run once, for all of them
         _scan(out, run, waiting, scan)
-    for entry in chosen:
-        if entry.compute and entry.name not in out.skipped:
-            with _Skip(out, entry.name, forgiven=entry.name not in named):
-                _compute(out, run, entry, options, again)
+    for kind in chosen:
+        if issubclass(kind, ModelAnalysis) and kind.name not in out.skipped:
+            with _Skip(out, kind.name, forgiven=kind.name not in named):
+                _compute(out, run, kind, options, again)
     for name, error in out.failed.items():
         if name in named or not out.results:
             raise error
-    order = [entry.name for entry in chosen]
+    order = [kind.name for kind in chosen]
     out.results = {name: out.results[name] for name in order if name in out.results}
     return out
 
@@ -94,83 +100,71 @@ def analyze(
 class Described:
     """An analysis that scans the run, ready for the engine, and the hash of all that its result depends on."""
 
-    analysis: Analysis
+    prepared: Prepared
     request: str
 
 
 def describe(
     run: Run,
-    chosen: Iterable[Entry],
+    chosen: Iterable[type[Analysis]],
     named: Container[str],
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     scan: Scan,
     out: Outcome,
 ) -> dict[str, Described]:
     """Describe the chosen analyses that scan a run, by name; note in `out` what cannot be done and was not named."""
     found: dict[str, Described] = {}
-    for entry in chosen:
-        with _Skip(out, entry.name, forgiven=entry.name not in named):
-            own = own_options(run, entry, options)
-            if not entry.scan:
+    state_bytes = scan.state_bytes(run, STATE_BYTES)
+    for kind in chosen:
+        with _Skip(out, kind.name, forgiven=kind.name not in named):
+            analysis = make_analysis(run, kind, options)
+            if issubclass(kind, ModelAnalysis):
                 continue
-            extra: dict[str, Any] = {}
-            if entry.takes("state_bytes"):
-                extra["state_bytes"] = scan.state_bytes(run, STATE_BYTES)
-            analysis = entry.function(run, **own, **extra)
-            request = _request(run, analysis.name, analysis.arguments, own)
-            found[entry.name] = Described(analysis, request)
-        if entry.name in named and entry.name in out.failed:
-            raise out.failed[entry.name]
+            prepared = analysis.prepare(run, state_bytes)
+            own = own_options(run, kind, options)
+            request = _request(run, prepared.name, prepared.arguments, own)
+            found[kind.name] = Described(prepared, request)
+        if kind.name in named and kind.name in out.failed:
+            raise out.failed[kind.name]
     return found
 
 
 def _scan(out: Outcome, run: Run, waiting: Mapping[str, Described], scan: Scan) -> None:
     """Run analyses side by side and keep their results; where one fails, each alone, so that the others are done."""
     try:
-        found = analyse(run, [one.analysis for one in waiting.values()], scan)
+        found = analyse(run, [one.prepared for one in waiting.values()], scan)
     except Exception:
         for name, one in waiting.items():
             with _Skip(out, name, forgiven=False):
-                (dataset,) = analyse(run, [one.analysis], scan)
+                (dataset,) = analyse(run, [one.prepared], scan)
                 _keep(out, run, name, dataset, one.request)
         return
     for (name, one), dataset in zip(waiting.items(), found, strict=True):
         _keep(out, run, name, dataset, one.request)
 
 
-def choose(names: list[str], options: Mapping[str, Any]) -> list[Entry]:
+def choose(names: list[str], options: Mapping[str, object]) -> list[type[Analysis]]:
     """Return the named analyses and what they bring (all, where none is named), in the order of the registry.
 
     Raises ValueError for a name or an option that is not known.
     """
-    wanted = {entry_of(name).name for name in names}
-    wanted |= {
-        other
-        for name in wanted
-        for other in (*REGISTRY[name].brings, REGISTRY[name].after)
-        if other
-    }
-    chosen = [entry for entry in ENTRIES if entry.name in wanted or not names]
+    known = analyses()
+    wanted: set[str] = set()
+    for name in names:
+        kind = analysis_of(name)
+        wanted |= {kind.name, *kind.brings}
+        if issubclass(kind, ModelAnalysis) and kind.after:
+            wanted.add(kind.after)
+    chosen = [kind for kind in known.values() if kind.name in wanted or not names]
     for option in options:
-        if not any(entry.takes(option) for entry in chosen):
-            takers = ", ".join(entry.name for entry in ENTRIES if entry.takes(option))
-            if not takers:
-                raise ValueError(f"no analysis takes {option!r}. See `headwater analyze --help`.")
-            verb = "take" if len(names) > 1 else "takes"
-            raise ValueError(
-                f"{' and '.join(names)} {verb} no {flag_of(option)}; it is for {takers}."
-            )
+        if any(takes(kind, option) for kind in chosen):
+            continue
+        takers = ", ".join(kind.name for kind in known.values() if takes(kind, option))
+        if not takers:
+            raise ValueError(f"no analysis takes {option!r}. See `headwater analyze --help`.")
+        verb = "take" if len(names) > 1 else "takes"
+        raise ValueError(f"{' and '.join(names)} {verb} no {flag_of(option)}; it is for {takers}.")
     return chosen
-
-
-def own_options(run: Run, entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that an analysis takes, with a site that the run holds; raise RunError where it lacks one."""
-    own = {name: value for name, value in options.items() if entry.takes(name)}
-    if why := entry.lacking(run, own):
-        raise RunError(why)
-    if "site" in entry.options() and "site" not in own:
-        own["site"] = next(sites[0] for sites in entry.needs if set(sites) <= set(run.sites))
-    return own
 
 
 class _Skip:
@@ -199,20 +193,27 @@ class _Skip:
         return True
 
 
-def _compute(out: Outcome, run: Run, entry: Entry, options: Mapping[str, Any], again: bool) -> None:
-    own = own_options(run, entry, options)
-    given: dict[str, Any] = {}
-    if entry.after:
-        if entry.after not in out.results:
-            raise ValueError(f"{entry.name} needs the result of {entry.after}.")
-        given["result"] = out.results[entry.after]
-    request = _request(run, entry.name, given["result"].attrs["request"] if given else None, own)
-    kept = None if again else _kept(run, entry.name, request)
-    if kept is not None:
-        _add(out, run, entry.name, kept)
-        out.reused.append(entry.name)
-    else:
-        _keep(out, run, entry.name, entry.function(run, **given, **own), request)
+def _compute(
+    out: Outcome,
+    run: Run,
+    kind: type[ModelAnalysis],
+    options: Mapping[str, object],
+    again: bool,
+) -> None:
+    """Use the kept result, or run the model; one that goes on from another result depends on that one's request."""
+    own = own_options(run, kind, options)
+    before = None
+    if kind.after:
+        if kind.after not in out.results:
+            raise ValueError(f"{kind.name} needs the result of {kind.after}.")
+        before = out.results[kind.after]
+    request = _request(run, kind.name, None if before is None else before.attrs["request"], own)
+    kept = None if again else _kept(run, kind.name, request)
+    if kept is None:
+        _keep(out, run, kind.name, kind(**own).compute(run, before), request)
+        return
+    _add(out, run, kind.name, kept)
+    out.reused.append(kind.name)
 
 
 def _request(run: Run, name: str, arguments: Any, options: Mapping[str, Any]) -> str:

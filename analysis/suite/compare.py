@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from headwater.analysis.engine.results import RunResults
-from headwater.analysis.suite.summary import summarise
+from headwater.analysis.suite.registry import summarise
 
 AXES = ("depth_fraction", "layer_fraction", "step_fraction")
 CONVENTIONS = (

@@ -1,188 +1,206 @@
-"""The analyses by name: what each one is, which sites it needs, how it is called, and what it brings along.
+"""Find the analyses there are: those of this package, those of other packages, and those that were registered.
 
-The command line, the report and the service all go through this table. A function is named, not imported, so that the
-table costs nothing to read.
+Another package offers analyses as entry points of the group `headwater.analyses`, which name a module or a class; a
+script or a notebook calls `headwater.analysis.register`. Nothing here imports torch, xarray or matplotlib.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import pkgutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeVar
+
+from headwater.analysis.engine.analysis import (
+    SECTIONS,
+    Analysis,
+    Figures,
+    Plot,
+    Shown,
+    lacking,
+)
+from headwater.extractor.settings import Option, options_of
+from headwater.store.reader import Run
 
 if TYPE_CHECKING:
-    from headwater.store.reader import Run
+    import xarray
 
-STATISTICS = ("attn_entropy", "attn_sink", "attn_distance", "attn_received")
-VECTORS = ("mlp_post", "resid", "mlp_out", "attn_out", "resid_mid", "mlp_pre")
-HOME = "headwater.analysis.measures"
-# The flags of options that are called otherwise in Python.
-FLAGS = {
-    "pairs": "--cka",
-    "n_sequences": "--sequences",
-    "n_positions": "--positions",
-    "n_queries": "--queries",
-}
+GROUP = "headwater.analyses"
+PACKAGES = ("headwater.analysis.measures", "headwater.analysis.plots")
+
+K = TypeVar("K", bound=type[Shown])
+_registered: list[type[Shown]] = []
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One analysis.
-
-    `needs` are alternatives: the run must hold every site of one of them. `scan` names a function (run, **options)
-    that returns an Analysis for the engine; `compute` one (run, **options) that returns a dataset at once, which may
-    take the result of another analysis, `after`, as its option `result`. `brings` are analyses that are run with it
-    where they can be.
-    """
-
-    name: str
-    title: str
-    needs: tuple[tuple[str, ...], ...] = ((),)
-    scan: str = ""
-    compute: str = ""
-    after: str = ""
-    brings: tuple[str, ...] = ()
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """The function itself."""
-        module, _, name = (self.scan or self.compute).partition(":")
-        function: Callable[..., Any] = getattr(import_module(f"{HOME}.{module}"), name)
-        return function
-
-    def options(self) -> dict[str, Any]:
-        """Return the options that it takes, with their defaults."""
-        parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {
-            p.name: p.default for p in parameters if p.name not in ("result", "scan", "state_bytes")
-        }
-
-    def takes(self, name: str) -> bool:
-        """Say whether the function has a parameter."""
-        return name in inspect.signature(self.function).parameters
-
-    def lacking(self, run: Run, options: Mapping[str, Any]) -> str:
-        """Say which sites a run lacks, and what to extract; "" where it has what is needed."""
-        if site := options.get("site"):
-            alternatives: tuple[tuple[str, ...], ...] = ((str(site),),)
-        elif self.name == "sinks" and options.get("source") in ("pattern", "statistics"):
-            alternatives = (("pattern",) if options["source"] == "pattern" else STATISTICS,)
-        else:
-            alternatives = self.needs
-        if any(set(sites) <= set(run.sites) for sites in alternatives):
-            return ""
-        wanted = " or ".join(" + ".join(sites) for sites in alternatives)
-        least = min(alternatives, key=lambda sites: len(set(sites) - set(run.sites)))
-        return (
-            f"{self.name} needs {wanted}; {run.path} holds {', '.join(run.sites)}. Extract a run with --sites "
-            f"{','.join(least)}."
-        )
+def register(kind: K) -> K:
+    """Add an analysis for this process; it can stand before the class as a decorator."""
+    check_name(kind, kinds())
+    _registered.append(kind)
+    kinds.cache_clear()
+    return kind
 
 
-ENTRIES = (
-    Entry(
-        "cosine",
-        "residual stream between depths: cosines in all variants, block influence, norms, anisotropy",
-        (("resid",),),
-        scan="cosine:cosine_analysis",
-        brings=("cka",),
-    ),
-    Entry(
-        "norms",
-        "norms and cosines of consecutive depths, at reading speed",
-        (("resid",),),
-        scan="norms:norms_analysis",
-    ),
-    Entry(
-        "cka",
-        "linear CKA between depths, with and without first positions",
-        (("resid",),),
-        scan="cka:cka_analysis",
-    ),
-    Entry(
-        "sinks",
-        "first-token share, Sink_k, entropies, received attention, distance, word share, l_in and l_out",
-        (("pattern",), STATISTICS),
-        scan="sinks:sinks_analysis",
-        brings=("false_sinks",),
-    ),
-    Entry(
-        "false_sinks",
-        "repeated tokens that look like a first one (runs the model)",
-        compute="false_sinks:run_false_sinks",
-    ),
-    Entry(
-        "massive",
-        "massive activations: where, how large, when they rise and fall",
-        (("resid",),),
-        scan="massive:massive_analysis",
-        brings=("massive_origin",),
-    ),
-    Entry(
-        "massive_origin",
-        "which heads, MLPs and neurons make the massive activations (runs the model)",
-        (("resid",),),
-        compute="origin:massive_origin",
-        after="massive",
-    ),
-    Entry(
-        "svd",
-        "spectra and principal directions of a vector site, centred or not, first position in or out",
-        tuple((site,) for site in dict.fromkeys(("resid", *VECTORS))),
-        scan="svd:svd_analysis",
-        brings=("svd_tokens",),
-    ),
-    Entry(
-        "svd_tokens",
-        "principal directions of the residual stream read through the unembedding",
-        (("resid",),),
-        compute="project:run_directions",
-        after="svd",
-    ),
-    Entry(
-        "heads",
-        "head by head: overlap, divergence, shared targets, opposite orders, with nulls",
-        (("pattern",),),
-        scan="heads:heads_analysis",
-        brings=("favourites",),
-    ),
-    Entry(
-        "favourites",
-        "what heads attend to second when their favourite is absent, and the logits withheld (needs the model)",
-        (("pattern",),),
-        scan="favourites:favourites_analysis",
-    ),
-    Entry(
-        "lens",
-        "logit lens at every depth: KL to the output, agreement, rank of the next token",
-        (("resid",),),
-        scan="lens:lens_analysis",
-        brings=("attribution",),
-    ),
-    Entry(
-        "attribution",
-        "direct logit attribution of every head, MLP and embedding (runs the model)",
-        compute="attribution:attribution",
-    ),
-    Entry(
-        "top",
-        "contexts in which units are most active, with their tokens",
-        tuple((site,) for site in (*VECTORS, "z", "pattern")),
-        scan="top:run_top",
-    ),
-)
-REGISTRY = {entry.name: entry for entry in ENTRIES}
+@cache
+def kinds() -> Mapping[str, type[Shown]]:
+    """Return all kinds of results by name, in the order of the report's sections."""
+    found: dict[str, type[Shown]] = {}
+    for package in PACKAGES:
+        home = import_module(package)
+        for module in pkgutil.iter_modules(home.__path__, f"{package}."):
+            for kind in _kinds_in(import_module(module.name)):
+                found[kind.name] = kind
+    for kind in [*_offered(), *_registered]:
+        try:
+            check_name(kind, found)
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        found[kind.name] = kind
+    return {kind.name: kind for kind in _in_order(found)}
 
 
-def entry_of(name: str) -> Entry:
+def analyses() -> dict[str, type[Analysis]]:
+    """Return the analyses of runs by name, each before those that it brings."""
+    return {name: kind for name, kind in kinds().items() if issubclass(kind, Analysis)}
+
+
+def analysis_of(name: str) -> type[Analysis]:
     """Return an analysis by name; raise ValueError with the names there are."""
-    if name not in REGISTRY:
-        raise ValueError(f"there is no analysis {name!r}; expected one of {', '.join(REGISTRY)}.")
-    return REGISTRY[name]
+    known = analyses()
+    if name not in known:
+        raise ValueError(f"there is no analysis {name!r}; expected one of {', '.join(known)}.")
+    return known[name]
+
+
+def plots() -> list[tuple[type[Shown], Plot]]:
+    """Return all figures, each with the kind of result that it shows."""
+    return [(kind, plot) for kind in kinds().values() for plot in kind.plots]
+
+
+def sections() -> dict[str, list[type[Shown]]]:
+    """Return the kinds of results by the section of the report that shows them."""
+    found: dict[str, list[type[Shown]]] = {}
+    for kind in kinds().values():
+        if kind.section:
+            found.setdefault(kind.section, []).append(kind)
+    return found
+
+
+def summarise(name: str, result: xarray.Dataset) -> Figures:
+    """Return the headline figures of a result, by label; numbers, words or short lists of numbers."""
+    known = kinds()
+    return known[name].headline(result) if name in known else {}
+
+
+def base_name(key: str) -> str:
+    """Return the analysis of a kept result: `svd` for svd_mlp_out."""
+    fits = [name for name in kinds() if key == name or key.startswith(f"{name}_")]
+    return max(fits, key=len, default=key)
+
+
+def takes(kind: type[Analysis], option: str) -> bool:
+    """Say whether an analysis has a setting."""
+    return option in kind.parameters()
+
+
+def make_analysis(run: Run, kind: type[Analysis], options: Mapping[str, object]) -> Analysis:
+    """Make an analysis of the settings that it takes, with a site that the run holds where none is named.
+
+    Raises RunError where the run lacks what it needs.
+    """
+    own = own_options(run, kind, options)
+    analysis = kind(**own)
+    if error := lacking(run, kind.name, analysis.alternatives()):
+        raise error
+    return analysis
+
+
+def own_options(run: Run, kind: type[Analysis], options: Mapping[str, object]) -> dict[str, object]:
+    """Return the settings that an analysis takes, with a site that the run holds where none is named."""
+    own = {name: value for name, value in options.items() if takes(kind, name)}
+    if takes(kind, "site") and "site" not in own:
+        if error := lacking(run, kind.name, kind.needs):
+            raise error
+        own["site"] = next(sites[0] for sites in kind.needs if set(sites) <= set(run.sites))
+    return own
+
+
+def all_options() -> dict[str, list[tuple[type[Analysis], Option]]]:
+    """Return every setting of every analysis by its name, with the analyses that take it."""
+    found: dict[str, list[tuple[type[Analysis], Option]]] = {}
+    for kind in analyses().values():
+        for option in settings_of(kind):
+            found.setdefault(option.name, []).append((kind, option))
+    return found
+
+
+def settings_of(kind: type[Analysis]) -> list[Option]:
+    """Return the settings of an analysis that flags and jobs have too."""
+    return options_of(kind)
 
 
 def flag_of(option: str) -> str:
-    """Return the flag of an option of analyses."""
-    return FLAGS.get(option, f"--{option}")
+    """Return the flag of a setting of analyses."""
+    takers = all_options().get(option)
+    return takers[0][1].flag if takers else f"--{option}"
+
+
+def check_name(kind: type[Shown], known: Mapping[str, type[Shown]]) -> None:
+    """Raise ValueError for an analysis without a name of its own, or whose settings clash with those of others."""
+    if not kind.name.isidentifier():
+        raise ValueError(f"{kind.__qualname__} has the name {kind.name!r}; expected a word.")
+    if kind.name in known and known[kind.name] is not kind:
+        raise ValueError(
+            f"{kind.__module__} offers an analysis {kind.name!r}, but there is one of that name already."
+        )
+
+
+def _kinds_in(module: ModuleType) -> Iterator[type[Shown]]:
+    for value in vars(module).values():
+        kind = isinstance(value, type) and issubclass(value, Shown) and bool(value.name)
+        if kind and value.__module__ == module.__name__:
+            yield value
+
+
+def _offered() -> Iterator[type[Shown]]:
+    """Yield what installed packages offer; one that cannot be imported is left out with a warning."""
+    for point in entry_points(group=GROUP):
+        try:
+            value = point.load()
+        except Exception as error:
+            warnings.warn(
+                f"the analyses of {point.value} cannot be imported: {error}.", stacklevel=2
+            )
+            continue
+        if isinstance(value, ModuleType):
+            yield from _kinds_in(value)
+        else:
+            yield value
+
+
+def _in_order(found: Mapping[str, type[Shown]]) -> Iterable[type[Shown]]:
+    """Sort by section, and within one by name, but what another analysis brings or is made from stands behind it."""
+    brought = {
+        name
+        for kind in found.values()
+        if issubclass(kind, Analysis)
+        for name in kind.brings
+        if name in found and found[name].section == kind.section
+    }
+
+    def place(kind: type[Shown]) -> tuple[int, str]:
+        known = kind.section in SECTIONS
+        return (SECTIONS.index(kind.section) if known else len(SECTIONS), kind.section)
+
+    ordered: dict[str, type[Shown]] = {}
+    for kind in sorted(found.values(), key=place):
+        if kind.name in brought:
+            continue
+        ordered[kind.name] = kind
+        if issubclass(kind, Analysis):
+            ordered |= {name: found[name] for name in kind.brings if name in brought}
+    return ordered.values()

@@ -177,11 +177,11 @@ def analyses_again(run: Run) -> Digests:
 def analyses(run: Run, again: bool = False) -> Digests:
     """Analyse the run, with what is kept beside it, and scan its patterns."""
     from headwater.analysis.engine.scan import analyse
-    from headwater.analysis.measures.sinks import sinks_analysis
+    from headwater.analysis.measures.sinks import SinksAnalysis
     from headwater.analysis.suite.analyze import analyze
 
     found = analyze(run, ANALYSES, again=again).results | {
-        "sinks": analyse(run, [sinks_analysis(run)])[0]
+        "sinks": analyse(run, [SinksAnalysis().prepare(run)])[0]
     }
     return _digests(
         {

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from headwater.analysis.suite import figures
+from headwater.analysis.plots.draw import COLOURS, finish, make_figure, render, style
 from headwater.benchmarks.registry import RESULTS
 
 OUT = Path(__file__).resolve().parents[2] / "docs" / "training-dynamics.svg"
@@ -32,8 +32,8 @@ def main() -> int:
     table = read(RESULTS / "train-dynamics.csv")
     seeds = sorted({seed for seed, _, _ in table})
     warmup = max(w for _, reset, w in table if reset != "scratch")
-    with figures.style():
-        figure, axes = figures.make_figure(2, 3, height=4.6, sharey="row")
+    with style():
+        figure, axes = make_figure(2, 3, height=4.6, sharey="row")
         columns = (
             ("from scratch", ["scratch"], None),
             ("no warm-up", LABELS, "0"),
@@ -48,7 +48,7 @@ def main() -> int:
                 draw(axis, table, seeds, resets, w, column)
             axes[1, at].set_xlabel("step" if at == 0 else "steps after the reset")
         axes[0, 1].legend(loc="lower right")
-    OUT.write_bytes(figures.render(figures.finish(figure), "svg"))
+    OUT.write_bytes(render(finish(figure), "svg"))
     print(OUT)
     return 0
 
@@ -83,7 +83,7 @@ def draw(
         ]
         steps = sorted(chosen[0])
         values = np.array([[one[step][column] for step in steps] for one in chosen])
-        colour = figures.COLOURS[at]
+        colour = COLOURS[at]
         axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0)
         axis.plot(steps, values.mean(0), color=colour, label=LABELS.get(reset))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 LONGEST_NAME = 100
 
 
-def _on_pool(command: Callable[[Any], int], options: Any) -> int:
+def _on_pool(command: Callable[[Namespace], int], options: Namespace) -> int:
     """Run a command that scans runs, on the cluster of --ray if one is named."""
     from headwater.analysis.engine.pools import open_pool
 
@@ -39,16 +40,16 @@ def _on_pool(command: Callable[[Any], int], options: Any) -> int:
         return command(options)
 
 
-def run_analyze(options: Any) -> int:
+def run_analyze(options: Namespace) -> int:
     """Analyse runs one after another; print what was found, where it is kept, and what was skipped and why."""
     from headwater.analysis.suite.analyze import analyze
-    from headwater.analysis.suite.summary import summarise
+    from headwater.analysis.suite.registry import summarise
     from headwater.cli.progress import ScanReporter
     from headwater.store.reader import open_run
 
     paths, names = split_names(options.names)
     runs = [open_run(path) for path in paths]
-    given = read_options(options)
+    given = read_options(options, names)
     found = []
     failed = False
     for run in runs:
@@ -92,10 +93,10 @@ def _print_outcome(path: str, outcome: Outcome, figures: dict[str, dict[str, Any
         print(f"  {name:15} {'failed' if name in outcome.failed else 'skipped'}: {why}")
 
 
-def run_weights(options: Any) -> int:
+def run_weights(options: Namespace) -> int:
     """Decompose the weights of models, and score them on a corpus; keep the results and print their figures."""
     from headwater.analysis.engine.results import save_at
-    from headwater.analysis.suite.summary import summarise
+    from headwater.analysis.suite.registry import summarise
     from headwater.analysis.weights.directions import weights
 
     run = _corpus_run(options.corpus)
@@ -145,7 +146,7 @@ def _weights_path(model: str, dataset: Any, out: str | None, run: Any) -> Any:
     return Path(out or ".") / f"{Path(model).name}.{name}"
 
 
-def _coherence(model: str, options: Any, run: Any) -> Any:
+def _coherence(model: str, options: Namespace, run: Any) -> Any:
     """Score a model's directions on --corpus, beside the sinks that are kept with it."""
     from headwater.analysis.engine.results import load
     from headwater.analysis.weights.coherence import Settings, coherence
@@ -157,10 +158,14 @@ def _coherence(model: str, options: Any, run: Any) -> Any:
     return coherence(model, options.corpus, sinks, Settings(options.directions, options.tokens))
 
 
-def run_plot(options: Any) -> int:
+def run_plot(options: Namespace) -> int:
     """Draw the figures of kept results into files; print their paths."""
     from headwater.analysis.plots.catalogue import draw, save_figures
 
+    if options.list:
+        return _list_plots(options)
+    if not options.runs:
+        raise ValueError("no run is named; expected `headwater plot RUN …`, or --list.")
     runs = kept(options.runs)
     folder = target(options, "plots")
     names = options.figures.split(",") if options.figures else ()
@@ -172,7 +177,22 @@ def run_plot(options: Any) -> int:
     return DONE
 
 
-def run_report(options: Any) -> int:
+def _list_plots(options: Namespace) -> int:
+    """Print the figures by name, with what they show and of which results."""
+    from headwater.analysis.suite.registry import plots
+
+    found = [
+        {"figure": plot.name, "of": kind.name, "caption": plot.caption} for kind, plot in plots()
+    ]
+    if options.json:
+        print_json(found)
+        return DONE
+    for one in found:
+        print(f"{one['figure']:16} {one['of']:17} {one['caption']}")
+    return DONE
+
+
+def run_report(options: Namespace) -> int:
     """Analyse what is not analysed yet, and write one page about it; print its path."""
     from headwater.analysis.plots.report import report
     from headwater.analysis.suite.analyze import analyze
@@ -200,7 +220,7 @@ def run_report(options: Any) -> int:
     return DONE
 
 
-def run_compare(options: Any) -> int:
+def run_compare(options: Namespace) -> int:
     """Print the headline figures of runs side by side, in the order of their training steps where they have them."""
     from headwater.analysis.suite.compare import side_by_side
 
@@ -252,7 +272,7 @@ def labels(paths: list[str]) -> list[str]:
     return ["/".join(parts) for parts in found]
 
 
-def target(options: Any, name: str) -> Path:
+def target(options: Namespace, name: str) -> Path:
     """Return where a figure or page goes: --out, or beside the first run where that is a directory.
 
     What is of several runs is named after them all, so that it takes no other's place.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from argparse import BooleanOptionalAction, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from headwater.analysis.suite.registry import ENTRIES
+from headwater.cli.command import Parser, number
 
 if TYPE_CHECKING:
-    from headwater.analysis.engine.scan import Scan
+    from headwater.analysis.engine.analysis import Analysis
+    from headwater.analysis.engine.scan import Scan, ScanProgress
+    from headwater.extractor.settings import Option
 
-ANALYSES = {entry.name: entry.title for entry in ENTRIES}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 ANALYZE = """\
 Analyse runs and keep the results beside them, in RUN.analysis, one Zarr group for each analysis (xarray.open_zarr opens
@@ -26,9 +28,11 @@ EXAMPLES = """examples:
 """
 
 
-def add_analyze(parser: Any) -> None:
+def add_analyze(parser: Parser) -> None:
     """Add the arguments of `analyze`."""
-    listed = "\n".join(f"  {name:15} {text}" for name, text in ANALYSES.items())
+    from headwater.analysis.suite.registry import analyses
+
+    listed = "\n".join(f"  {name:15} {kind.title}" for name, kind in analyses().items())
     parser.description = f"{ANALYZE}\n\nanalyses:\n{listed}"
     parser.epilog = EXAMPLES
     parser.usage = "headwater analyze RUN … [ANALYSIS …] [more of the arguments below]"
@@ -45,7 +49,7 @@ def add_analyze(parser: Any) -> None:
     add_options(parser)
 
 
-def add_scan(parser: Any) -> None:
+def add_scan(parser: Parser) -> None:
     """Add how runs are read."""
     part = parser.add_argument_group("how the run is read")
     part.add_argument(
@@ -66,17 +70,55 @@ def add_scan(parser: Any) -> None:
     )
 
 
-def add_options(parser: Any) -> None:
+def add_options(parser: Parser) -> None:
     """Add what analyses can be told; every flag goes to those of the chosen analyses that take it."""
+    from headwater.analysis.suite.registry import all_options
+
     part = parser.add_argument_group("what analyses take")
-    for flag, (name, kind, text) in OPTIONS.items():
-        if kind is None:
-            part.add_argument(flag, dest=name, action="store_true", default=None, help=text)
+    for name, takers in all_options().items():
+        option = takers[0][1]
+        if option.kind.schema.get("type") != "boolean":
+            part.add_argument(
+                option.flag, dest=name, metavar=option.metavar or "VALUE", help=help_of(takers)
+            )
+        elif option.default is None:
+            part.add_argument(
+                option.flag, dest=name, action=BooleanOptionalAction, help=help_of(takers)
+            )
         else:
-            part.add_argument(flag, dest=name, metavar=flag.rpartition("-")[2].upper(), help=text)
+            part.add_argument(
+                option.flag, dest=name, action="store_true", default=None, help=help_of(takers)
+            )
 
 
-def add_weights(parser: Any) -> None:
+def help_of(takers: Sequence[tuple[type[Analysis], Option]]) -> str:
+    """Return the help of a setting: what each analysis says of it, those that say the same together."""
+    said: dict[str, dict[str, str]] = {}
+    for kind, option in takers:
+        said.setdefault(option.help, {})[kind.name] = _default(option.default)
+    return "; ".join(f"{text} ({_takers(defaults)})" for text, defaults in said.items())
+
+
+def _takers(defaults: Mapping[str, str]) -> str:
+    """Name the analyses that take a setting, with their defaults."""
+    distinct = set(defaults.values())
+    if distinct == {""}:
+        return ", ".join(defaults)
+    if len(distinct) == 1:
+        return f"{', '.join(defaults)}; default: {distinct.pop()}"
+    return ", ".join(f"{name}: {default}" for name, default in defaults.items())
+
+
+def _default(value: object) -> str:
+    """Write a default as the flag would have it; "" for one that the help text tells of."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def add_weights(parser: Parser) -> None:
     """Add the arguments of `weights`."""
     parser.description = (
         "Decompose the weights of models: singular values and directions of every OV and QK circuit, W_in and W_out, "
@@ -107,17 +149,22 @@ def add_weights(parser: Any) -> None:
     )
 
 
-def add_plot(parser: Any) -> None:
+def add_plot(parser: Parser) -> None:
     """Add the arguments of `plot`."""
     parser.description = (
         "Draw the results that are kept beside runs. Several runs share one axis, depth / n_layer, where that makes "
         "sense."
     )
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", help="directories of runs that were analysed"
+        "runs", metavar="RUN", nargs="*", help="directories of runs that were analysed"
     )
     parser.add_argument(
-        "--figures", metavar="A,B", help="figures by name (default: all that the results allow)"
+        "--list", action="store_true", help="list the figures there are, and draw none"
+    )
+    parser.add_argument(
+        "--figures",
+        metavar="A,B",
+        help="figures by name, see --list (default: all that the results allow)",
     )
     parser.add_argument(
         "--format", metavar="F", default="png", help="png, svg or pdf (default: png)"
@@ -130,7 +177,7 @@ def add_plot(parser: Any) -> None:
     )
 
 
-def add_report(parser: Any) -> None:
+def add_report(parser: Parser) -> None:
     """Add the arguments of `report`."""
     parser.description = (
         "Analyse runs as `headwater analyze RUN` does, and write one HTML page with the figures, the headline numbers, "
@@ -149,7 +196,7 @@ def add_report(parser: Any) -> None:
     add_options(parser)
 
 
-def add_compare(parser: Any) -> None:
+def add_compare(parser: Parser) -> None:
     """Add the arguments of `compare`."""
     parser.description = (
         "Print the headline figures of runs that were analysed, side by side: sizes of a model, or checkpoints of one "
@@ -167,19 +214,22 @@ def add_compare(parser: Any) -> None:
 
 def split_names(words: list[str]) -> tuple[list[str], list[str]]:
     """Tell runs from analyses; raise ValueError where there is no run or a word is neither."""
-    runs = [word for word in words if word not in ANALYSES]
-    names = [word for word in words if word in ANALYSES]
+    from headwater.analysis.suite.registry import analyses
+
+    known = analyses()
+    runs = [word for word in words if word not in known]
+    names = [word for word in words if word in known]
     for word in runs:
         if not os.path.isdir(word) and not re.search(r"[/.\\]", word) and runs.index(word) > 0:
             raise ValueError(
-                f"{word!r} is neither a run nor an analysis; analyses are {', '.join(ANALYSES)}. Name runs first."
+                f"{word!r} is neither a run nor an analysis; analyses are {', '.join(known)}. Name runs first."
             )
     if not runs:
         raise ValueError(f"no run is named; expected `headwater analyze RUN … {' '.join(names)}`.")
     return runs, names
 
 
-def read_scan(options: Any, observe: Callable[[Any], None] | None = None) -> Scan:
+def read_scan(options: Namespace, observe: Callable[[ScanProgress], None] | None = None) -> Scan:
     """Return how to read runs; raise ValueError for values that make no sense."""
     from headwater.analysis.engine.scan import Scan
     from headwater.analysis.suite.analyze import KEEP_SECONDS
@@ -190,14 +240,26 @@ def read_scan(options: Any, observe: Callable[[Any], None] | None = None) -> Sca
     return Scan(workers, pool, memory, options.partial, KEEP_SECONDS, observe)
 
 
-def read_options(options: Any) -> dict[str, Any]:
-    """Return the options of analyses that were given, in their own types."""
-    found = {}
-    for flag, (name, kind, _) in OPTIONS.items():
+def read_options(options: Namespace, names: Sequence[str] = ()) -> dict[str, object]:
+    """Return the options of analyses that were given, in the types of the first of the named ones that takes them."""
+    from headwater.analysis.suite.registry import all_options
+
+    found: dict[str, object] = {}
+    for name, takers in all_options().items():
         value = getattr(options, name)
-        if value is not None:
-            found[name] = True if kind is None else kind(flag, value)
+        if value is None:
+            continue
+        mine = [option for kind, option in takers if kind.name in names]
+        option = (mine or [option for _, option in takers])[0]
+        found[name] = option.kind.read(option.flag, _typed(option, value))
     return found
+
+
+def _typed(option: Option, value: object) -> object:
+    """Return a whole number where one is wanted and written; anything else as it is, for the option to read."""
+    if option.kind.schema.get("type") == "integer" and isinstance(value, str):
+        return number(value)
+    return value
 
 
 def read_bytes(text: str) -> int:
@@ -212,7 +274,7 @@ def read_bytes(text: str) -> int:
     return n
 
 
-def _whole(flag: str, text: Any, least: int = 1) -> int:
+def _whole(flag: str, text: str, least: int = 1) -> int:
     try:
         n = int(text)
     except ValueError:
@@ -222,92 +284,10 @@ def _whole(flag: str, text: Any, least: int = 1) -> int:
     return n
 
 
-def _fraction(flag: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{flag} is {text!r}; expected a number such as 0.3.") from None
-
-
-def _word(flag: str, text: str) -> str:
-    return text
-
-
 def read_numbers(flag: str, text: str) -> list[int]:
     """Read whole numbers such as 16,64,256."""
     return [_whole(flag, part, 0) for part in text.split(",")]
 
 
-def _outliers(flag: str, text: str) -> str | list[int]:
-    return [] if text == "none" else text
-
-
-def _pairs(flag: str, text: str) -> str:
-    if text not in ("consecutive", "all"):
-        raise ValueError(f"{flag} is {text!r}; expected consecutive or all.")
-    return text
-
-
-def _sign(flag: str, text: str) -> int:
-    return -1 if text in ("-", "-1") else _whole(flag, text)
-
-
-def _count(text: str) -> Any:
+def _count(text: str) -> int | str:
     return int(text) if text.isdigit() else text
-
-
-OPTIONS: dict[str, tuple[str, Callable[[str, str], Any] | None, str]] = {
-    "--model": (
-        "model",
-        _word,
-        "the run's model, where it has moved (massive_origin, svd_tokens, lens, attribution, "
-        "false_sinks)",
-    ),
-    "--layers": (
-        "layers",
-        _word,
-        "layers: 0,4:8, -1 (sinks, heads, favourites; default: all stored)",
-    ),
-    "--epsilon": ("epsilon", _fraction, "ε of Sink_k^ε (sinks, false_sinks; default: 0.3)"),
-    "--window": ("window", _whole, "T of Sink_k^ε (sinks; default: 64)"),
-    "--source": ("source", _word, "pattern, statistics or auto (sinks; default: auto)"),
-    "--outliers": (
-        "outliers",
-        _outliers,
-        "dimensions that the variant without outliers leaves out: large (those with "
-        "massive activations), none, or a list (cosine; default: large)",
-    ),
-    "--cka": ("pairs", _pairs, "consecutive or all depths (cka; default: consecutive)"),
-    "--site": ("site", _word, "site (svd, massive, top; default: resid, for top mlp_post)"),
-    "--at": ("at", _word, "layers or depths: 0,4:8, -1 (svd, top; default: all stored)"),
-    "--k": ("k", _whole, "directions of svd (32), tokens of lens (10), contexts of top (10)"),
-    "--units": (
-        "units",
-        _word,
-        "neurons, dimensions, heads or directions (top; default: those that stand out)",
-    ),
-    "--sign": ("sign", _sign, "1 for the largest values, -1 for the smallest (top; default: 1)"),
-    "--reach": ("reach", _whole, "tokens shown on either side (top; default: 8)"),
-    "--directions": (
-        "directions",
-        None,
-        "units are the directions of the kept svd of the site (top)",
-    ),
-    "--level": (
-        "level",
-        _word,
-        "large, strict, largest (massive_origin; default: large, or largest where none is)",
-    ),
-    "--sequences": ("n_sequences", _whole, "sampled rows (heads: 128, attribution: 16)"),
-    "--positions": (
-        "n_positions",
-        _whole,
-        "sampled positions of a row (lens: 64, attribution: 32)",
-    ),
-    "--queries": ("n_queries", _whole, "sampled queries of a row (heads; default: 32)"),
-    "--lengths": (
-        "lengths",
-        read_numbers,
-        "lengths of repeated tokens (false_sinks; default: 16,64,256)",
-    ),
-}

@@ -57,15 +57,15 @@ def run_project(options: Namespace) -> int:
     """Compute the directions where they are not kept, then the projections; print what was made."""
     from headwater.analysis.engine.pools import open_pool
     from headwater.analysis.measures.project import project
+    from headwater.analysis.measures.svd import SvdAnalysis
     from headwater.analysis.suite.analyze import analyze
-    from headwater.analysis.suite.registry import entry_of
     from headwater.cli.progress import ScanReporter
     from headwater.store.reader import open_run
 
     run = open_run(options.run)
     home = open_run(options.directions or options.run)
     wanted: dict[str, Any] = {"site": options.site}
-    if options.k > entry_of("svd").options()["k"]:  # the usual result holds fewer directions too
+    if options.k > SvdAnalysis().k:  # the usual result holds fewer directions too
         wanted["k"] = options.k
     if options.at is not None:
         wanted["at"] = options.at

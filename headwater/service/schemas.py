@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from headwater.analysis.interventions.requests import REQUESTS
 from headwater.extractor.request import RunConfig
 from headwater.extractor.settings import Request, request_schema
+from headwater.service.jobs.analysis_options import analyze_schema
 
 
 class Problem(BaseModel):
@@ -59,4 +60,5 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def job_documents() -> dict[str, dict[str, object]]:
     """Return the JSON schemas of jobs' documents by name, made of the fields of their requests."""
     requests: dict[str, type[Request]] = {"extract": RunConfig, **REQUESTS}
-    return {f"{kind.title()}Document": request_schema(one) for kind, one in requests.items()}
+    schemas = {f"{kind.title()}Document": request_schema(one) for kind, one in requests.items()}
+    return schemas | {"AnalyzeDocument": analyze_schema()}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import xarray
 
+from headwater.analysis.engine.analysis import ModelAnalysis
 from headwater.analysis.engine.results import analysis_path, load
 from headwater.analysis.measures.norms import Norms
 from headwater.analysis.measures.sinks import sinks
 from headwater.analysis.suite.analyze import analyze
-from headwater.analysis.suite.registry import ENTRIES, REGISTRY
+from headwater.analysis.suite.registry import analyses, settings_of
 from headwater.service.jobs.tasks import plan_analyze
 from headwater.store.reader import open_run
 
@@ -30,7 +31,7 @@ def run(analysis_run, tmp_path_factory):
 
 def test_everything_is_done_kept_and_used_again(cli, run):
     first = json.loads(cli("analyze", run, "--json").out)[0]
-    assert list(first["results"]) == [entry.name for entry in ENTRIES] and first["skipped"] == {}
+    assert list(first["results"]) == list(analyses()) and first["skipped"] == {}
     for name, result in first["results"].items():
         assert result["figures"], name
         kept = xarray.open_zarr(result["path"], chunks=None)
@@ -38,7 +39,7 @@ def test_everything_is_done_kept_and_used_again(cli, run):
         assert {"arguments", "conventions", "text", "versions"} <= set(kept.attrs), name
     before = {name: load(run, load_name(first, name)).attrs["request"] for name in first["results"]}
     again = cli("analyze", run)
-    assert again.out.count("(kept from before)") == len(ENTRIES) and again.err == ""
+    assert again.out.count("(kept from before)") == len(analyses()) and again.err == ""
     assert "(kept from before)" not in cli("analyze", run, "cka", "--again").out
     other = cli("analyze", run, "sinks", "--epsilon", "0.2").out
     assert other.count("(in place of a result of other settings") == 2
@@ -131,7 +132,7 @@ def test_what_cannot_be_done_leaves_the_rest(cli, tiny_text, tmp_path):
     assert answer.code == 0 and {"massive", "svd", "sinks", "top"} <= set(done["results"])
     for name in ("cosine", "norms", "cka"):
         assert "holds one depth of resid" in done["skipped"][name]
-    assert len(done["results"]) + len(done["skipped"]) == len(ENTRIES)
+    assert len(done["results"]) + len(done["skipped"]) == len(analyses())
     cli("analyze", tmp_path / "run", "sinks", "cka").error(2, "holds one depth of resid; cka")
     assert cli("report", tmp_path / "run").code == 0
     price = plan_analyze({"run": tmp_path / "run", "analyses": [], "options": {}}, print)
@@ -148,7 +149,7 @@ def test_an_analysis_that_fails_leaves_the_others(cli, analysis_run, tmp_path, m
     monkeypatch.setattr(Norms, "update", fail)
     answer = cli("analyze", path, "--json")
     (done,) = json.loads(answer.out)
-    assert answer.code == 1 and set(done["results"]) == set(REGISTRY) - {"norms"}
+    assert answer.code == 1 and set(done["results"]) == set(analyses()) - {"norms"}
     assert done["skipped"]["norms"].startswith("unexpected ZeroDivisionError: by zero. This is a")
     cli("analyze", path, "norms", "cosine", "--again").error(1, "unexpected ZeroDivisionError")
     monkeypatch.undo()
@@ -191,10 +192,13 @@ def test_wrong_requests_are_refused_before_anything_is_read(cli, run, tmp_path):
 
 
 def test_every_entry_describes_itself():
-    for entry in ENTRIES:
-        assert entry.title and bool(entry.scan) != bool(entry.compute)
-        assert all(name in REGISTRY for name in (*entry.brings, *filter(None, [entry.after])))
-        assert callable(entry.function) and "run" not in entry.options()
+    known = analyses()
+    for name, kind in known.items():
+        assert kind.title and kind.section and kind.__doc__, name
+        assert set(kind.brings) <= set(known), name
+        assert all(option.help for option in settings_of(kind)), name
+        if issubclass(kind, ModelAnalysis):
+            assert kind.after in ("", *known), name
 
 
 def test_weights_are_kept_where_one_asks(cli, tiny_gpt2, tmp_path):

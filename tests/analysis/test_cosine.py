@@ -5,7 +5,7 @@ import pytest
 
 from headwater.analysis.engine.moments import add_rows, merge_mean, merge_scatter, with_room
 from headwater.analysis.engine.scan import Scan, analyse
-from headwater.analysis.measures.cka import CrossScatter, cka_analysis
+from headwater.analysis.measures.cka import CkaAnalysis, CrossScatter
 from headwater.analysis.measures.cosine import cosine
 from headwater.analysis.measures.cosine_passes import Centres, Pairs, large_dimensions, median
 from headwater.store.manifest import RunError
@@ -67,7 +67,7 @@ def test_every_variant_is_its_definition(analysis_run, layout):
 def test_cka_is_its_definition_in_any_number_of_passes(analysis_run, layout, state_bytes):
     run = analysis_run(layout)
     x, first = tokens_of(run)
-    analysis = cka_analysis(run, "all", state_bytes=state_bytes)
+    analysis = CkaAnalysis("all").prepare(run, state_bytes)
     assert analysis.passes == 1 or state_bytes == 40_000
     (got,) = analyse(run, [analysis])
     for p, chosen in enumerate((x, x[:, ~first])):
@@ -148,7 +148,7 @@ def test_dimensions_that_are_large_are_found_by_sequence_and_depth():
     resid = rng.normal(size=(2, 4, 10, 6)).astype(np.float32)
     resid[1, 2, 0, 5] = 101 * np.median(np.abs(np.delete(resid[1, 2].ravel(), 5)))
     resid[0, 1, 3, 2] = 90 * np.median(np.abs(resid[0, 1]))
-    reducer = Centres(fake_run(resid.shape), "resid", [0, 1], True)
+    reducer = Centres(fake_run(resid.shape), [0, 1], True)
     state = reducer.zero()
     for lead in (0, 1):
         chunk = Memory(resid)
@@ -171,7 +171,7 @@ def test_large_is_against_the_median_of_all_values():
 def test_equal_vectors_have_cosine_one_and_no_centred_cosine():
     resid = np.full((3, 2, 7, 4), 2.5)
     centre = np.full((2, 3, 4), 2.5)
-    reducer = Pairs("resid", range(3), centre, np.array([1]))
+    reducer = Pairs(range(3), centre, np.array([1]))
     state = reducer.zero()
     reducer.update(state, Memory(resid))
     np.testing.assert_allclose(state["cosine"][0] / state["n_pair"][0], 1, 1e-14)

@@ -67,8 +67,9 @@ def test_the_tree_is_the_same_in_any_order(n):
 
 def every_analysis(run):
     """Describe every analysis that scans a run of all sites."""
-    from headwater.analysis.measures.favourites import favourites_analysis
-    from headwater.analysis.suite.registry import ENTRIES
+    from headwater.analysis.engine.analysis import ModelAnalysis
+    from headwater.analysis.measures.favourites import FavouritesAnalysis
+    from headwater.analysis.suite.registry import analyses, make_analysis
 
     options = {
         "sinks": {"window": 8},
@@ -76,8 +77,12 @@ def every_analysis(run):
         "top": {"site": "mlp_post", "k": 2},
         "heads": {"n_queries": 6},
     }
-    wanted = [entry.function(run, **options.get(entry.name, {})) for entry in ENTRIES if entry.scan]
-    return [*wanted, favourites_analysis(run, n_queries=6, min_rows=1)]
+    wanted = [
+        make_analysis(run, kind, options.get(kind.name, {})).prepare(run)
+        for kind in analyses().values()
+        if not issubclass(kind, ModelAnalysis)
+    ]
+    return [*wanted, FavouritesAnalysis(n_queries=6, min_rows=1).prepare(run)]
 
 
 def everything(run, scan):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headwater.analysis.measures.false_sinks import false_sinks
-from headwater.analysis.suite.summary import summarise
+from headwater.analysis.suite.registry import summarise
 
 
 def save(model, home):

@@ -9,8 +9,8 @@ import torch
 import headwater
 from headwater.analysis.measures.favourites import (
     Favourites,
+    FavouritesAnalysis,
     favourites,
-    favourites_analysis,
     preferences,
     transitivity,
 )
@@ -153,7 +153,7 @@ def test_random_attention_is_as_transitive_as_its_null(tmp_path, oracle):
         )
         rows = noise[sequence, layer][None]
         reducer.update(state, Chunked(chunk, np.exp(rows - rows.max())))
-    analysis = favourites_analysis(run, tokens=range(12))
+    analysis = FavouritesAnalysis(tokens=range(12)).prepare(run)
     checkpoint = load_checkpoint(str(tmp_path / "model"))
     got = dataset_of(run, range(4), range(4), state, np.arange(12), checkpoint, 20, analysis)
     assert (

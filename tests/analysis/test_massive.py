@@ -11,7 +11,7 @@ from headwater.analysis.engine import results
 from headwater.analysis.engine.scan import Scan
 from headwater.analysis.measures.massive import Massive, massive, massive_dimensions
 from headwater.analysis.measures.origin import Event, massive_events, massive_origin
-from headwater.analysis.suite.summary import summarise
+from headwater.analysis.suite.registry import summarise
 
 
 class Memory:

@@ -44,13 +44,13 @@ def run(tmp_path_factory, oracle):
 
 
 MAKE = {
-    "centres": lambda run: Centres(run, "resid", range(4), True),
-    "pairs": lambda run: Pairs("resid", range(4), np.zeros((2, 4, 96)), np.array([3])),
+    "centres": lambda run: Centres(run, range(4), True),
+    "pairs": lambda run: Pairs(range(4), np.zeros((2, 4, 96)), np.array([3])),
     "cka": lambda run: CrossScatter(run, "resid", [(i, i) for i in range(4)] + [(0, 1)]),
     "svd": lambda run: Scatter(run, "resid", range(4)),
     "patterns": lambda run: Sinks(run, "pattern", 0.3, 64, range(3), None),
     "statistics": lambda run: Sinks(run, "statistics", 0.3, 64, range(3), None),
-    "norms": lambda run: Norms("resid", range(4), 96),
+    "norms": lambda run: Norms(range(4), 96),
     "massive": lambda run: Massive(run, "resid", range(4)),
     "heads": lambda run: Heads(run, [1], 4, 16, 128),
     "favourites": lambda run: Favourites(run, [0, 2], 8, np.arange(8, 512, 8), np.arange(31)),

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from headwater.analysis.engine.analysis import Shown
 from headwater.analysis.engine.results import RunResults, kept_results, load, save
 from headwater.analysis.measures.contexts import context_rows
-from headwater.analysis.plots.catalogue import PLOTS, draw, save_figures
-from headwater.analysis.plots.report import SECTIONS
+from headwater.analysis.plots.catalogue import draw, holds, save_figures
+from headwater.analysis.plots.draw import render
 from headwater.analysis.suite.compare import compare, steps_of
-from headwater.analysis.suite.figures import render
-from headwater.analysis.suite.registry import REGISTRY
-from headwater.analysis.suite.summary import SUMMARIES
+from headwater.analysis.suite.registry import analyses, plots
 from headwater.analysis.weights.coherence import Settings, coherence
 from headwater.analysis.weights.directions import weights
 from headwater.store.reader import open_run
@@ -56,7 +55,7 @@ def test_every_figure_can_be_drawn_from_one_run(pair, tiny_gpt2, tmp_path):
     settings = Settings(2, 2, n_random=20, n_bootstrap=20, n_sets=200)
     results["coherence"] = coherence(str(tiny_gpt2), open_run(pair[0]), None, settings)
     drawn = draw([RunResults("tiny", results)])
-    ours = {plot.name for plot in PLOTS if set(plot.needs) <= {*REGISTRY, "weights", "coherence"}}
+    ours = {plot.name for kind, plot in plots() if kind.section}
     assert {one.plot.name for one in drawn} == ours and len(ours) > 15
     for one in drawn:
         for axis in one.figure.axes:
@@ -94,7 +93,7 @@ def test_the_page_opens_in_a_browser_and_asks_for_nothing(cli, pair, tmp_path):
     assert done.code == 0 and done.out.strip() == str(page)
     text = page.read_text("utf-8")
     manifest, results = open_run(pair[0]).manifest, kept_results(pair[0])
-    n_figures = sum(plot.holds(results) for plot in PLOTS)
+    n_figures = sum(holds(results, kind, plot) for kind, plot in plots())
     for shown in (
         manifest.fingerprint[:16],
         manifest.model["digest"][:16],
@@ -191,10 +190,10 @@ def test_what_is_of_several_runs_takes_no_place_of_one(cli, pair):
 
 
 def test_every_analysis_is_shown():
-    shown = {name for _, names in SECTIONS for name in names}
-    drawn = {need for plot in PLOTS for need in plot.needs}
-    assert shown >= set(REGISTRY) and set(SUMMARIES) >= set(REGISTRY)
-    assert set(REGISTRY) - drawn == {"cka", "svd_tokens", "favourites", "top"}
+    for name, kind in analyses().items():
+        assert kind.section and kind.headline is not Shown.headline, name
+    drawn = {kind.name for kind, _ in plots()}
+    assert set(analyses()) - drawn == {"cka", "svd_tokens", "favourites", "top"}
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from headwater.analysis.engine.scan import Scan, analyse
 from headwater.analysis.measures.project import read_directions
 from headwater.analysis.measures.svd import (
     Scatter,
+    SvdAnalysis,
     effective_rank,
     participation_ratio,
     spectrum,
     svd,
-    svd_analysis,
 )
 from headwater.store.manifest import RunError
 
@@ -72,7 +72,7 @@ def test_little_memory_means_more_passes_and_the_same_bits(analysis_run):
     whole = svd(run)
     narrow = svd(run, scan=Scan(memory=80_000_000, observe=lambda p: seen.append(p.passes)))
     assert set(seen) == {1}
-    analysis = svd_analysis(run, state_bytes=per)
+    analysis = SvdAnalysis().prepare(run, per)
     assert analysis.passes == 4
     (split,) = analyse(run, [analysis])
     for name, value in whole.items():

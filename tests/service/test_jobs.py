@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import headwater
-from headwater.analysis.suite.registry import ENTRIES
+from headwater.analysis.suite.registry import all_options, analyses
 from headwater.benchmarks.breaking.faults import contents
 from headwater.benchmarks.lib.serving import Server
 from headwater.extractor.settings import EDITS, FILE, MODEL, PLACE, PLAIN, options_of
-from headwater.service.jobs.analysis_options import Options
+from headwater.service.jobs.analysis_options import analyze_schema
 from headwater.service.jobs.requests import allowed
 from headwater.service.places import DeniedError
 from headwater.service.settings import make_settings
@@ -300,8 +300,14 @@ def test_a_text_is_sent_planned_and_priced_by_command(server, root, tmp_path, cl
 
 
 def test_every_option_of_an_analysis_has_its_kind():
-    offered = {name for entry in ENTRIES for name in entry.options()}
-    assert offered == Options.model_fields.keys() | {"events"}  # events are objects of Python
+    """What an analysis takes is a flag and a key of jobs, but for events, which are objects of Python."""
+    taken = {name for kind in analyses().values() for name in kind.parameters()}
+    offered = analyze_schema()["properties"]["options"]["properties"]
+    assert set(offered) == set(all_options()) == taken - {"events"}
+    flags = [takers[0][1].flag for takers in all_options().values()]
+    assert len(set(flags)) == len(flags)
+    for takers in all_options().values():
+        assert len({option.flag for _, option in takers}) == 1
 
 
 def test_what_a_setting_leads_to_decides_whether_jobs_may_have_it(tmp_path):

@@ -1,94 +1,69 @@
-"""The options that jobs may give to analyses: which there are, and what each may be."""
+"""The options that jobs may give to analyses: those that the analyses' own fields offer, checked as a flag is."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from headwater.extractor.sites import SITES, SQUARE, VECTOR, RequestError
+from headwater.analysis.suite.registry import all_options, analyses
+from headwater.extractor.sites import RequestError
 from headwater.service.places import shown
 
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-Indices = Annotated[
-    list[Annotated[int, Field(ge=0, le=1_000_000)]], Field(min_length=1, max_length=10_000)
-]
 
-# As on the command line: 0,4:8, :2, -1.
-Selection = Annotated[str, Field(pattern=r"^[-0-9:, ]+$", max_length=1000)]
+def read_options(options: object, names: Iterable[str] = ()) -> dict[str, object]:
+    """Return checked options of the named analyses, or of all.
 
-
-class Options(BaseModel):
-    """Options of analyses by name, each in its own type; what Python takes besides is not for jobs."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    at: Indices | Selection | None = None
-    centrings: list[Literal["raw", "centred"]] | None = None
-    directions: bool | None = None
-    epsilon: Share | None = None
-    fold_ln_f: bool | None = None
-    k: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    keep: Count | None = None
-    layers: Indices | Selection | None = None
-    lengths: Annotated[list[Annotated[int, Field(ge=2, le=10_000)]], Field(min_length=1)] | None = (
-        None
-    )
-    level: Literal["large", "strict", "largest"] | None = None
-    min_rows: Count | None = None
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    n_keys: Count | None = None
-    n_neurons: Count | None = None
-    n_positions: Count | None = None
-    n_queries: Count | None = None
-    n_sequences: Count | None = None
-    n_tokens: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    outliers: Literal["large"] | Indices | Selection | None = None
-    pairs: Literal["consecutive", "all"] | None = None
-    positions: list[Literal["all", "without_first"]] | None = None
-    queries: Indices | None = None
-    ratio: Share | None = None
-    reach: Annotated[int, Field(ge=0, le=1000)] | None = None
-    seed: Seed | None = None
-    sign: Literal[1, -1] | None = None
-    site: str | None = None
-    source: Literal["auto", "pattern", "statistics"] | None = None
-    tokens: Indices | None = None
-    units: Indices | Selection | None = None
-    window: Count | None = None
-    words: bool | None = None
-
-
-def read_options(options: Any) -> dict[str, Any]:
-    """Return checked options; raise RequestError that names the option which is not known, or not as it must be."""
+    Raises RequestError that names the option which is not known, or not as it must be.
+    """
     if not isinstance(options, Mapping):
         raise RequestError(
             f"options is {shown(options)}; expected a table of the analyses' options."
         )
-    known = list(Options.model_fields)
-    for name in options:
+    known = all_options()
+    wanted = set(names)
+    found: dict[str, object] = {}
+    for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise RequestError(
                 f"{shown(name)} is no option of analyses{hint} Options are {', '.join(known)}."
             )
-    try:
-        found = Options.model_validate(dict(options)).model_dump(exclude_none=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise RequestError(
-            f"the option {name} is {shown(options[name])}: {first['msg'].lower()}."
-        ) from None
-    vectors = [site.name for site in SITES.values() if site.group in (VECTOR, SQUARE)]
-    if found.get("site", "resid") not in vectors:
-        raise RequestError(
-            f"the option site is {shown(found['site'])}; expected one of {', '.join(vectors)}."
-        )
+        if value is None:
+            continue
+        takers = [option for kind, option in known[name] if kind.name in wanted]
+        option = (takers or [option for _, option in known[name]])[0]
+        found[name] = option.kind.read(f"the option {name}", value)
     return found
+
+
+def analyze_schema() -> dict[str, object]:
+    """Return the JSON schema of the document of an `analyze` job, made of the fields of the analyses."""
+    options = {name: takers[0][1].schema() for name, takers in all_options().items()}
+    return {
+        "type": "object",
+        "description": "Analyse a run, and keep the results beside it.",
+        "properties": {
+            "run": {"type": "string", "description": "one of the server's runs"},
+            "analyses": {
+                "type": "array",
+                "items": {"type": "string", "enum": list(analyses())},
+                "description": "analyses by name; by default all that the run's sites allow",
+            },
+            "partial": {
+                "type": "boolean",
+                "description": "analyse the finished blocks of an unfinished run",
+            },
+            "again": {
+                "type": "boolean",
+                "description": "compute results anew that are there already",
+            },
+            "options": {
+                "type": "object",
+                "properties": options,
+                "additionalProperties": False,
+            },
+        },
+        "required": ["run"],
+        "additionalProperties": False,
+    }

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headwater.analysis.interventions.requests import REQUESTS
-from headwater.analysis.suite.registry import entry_of
+from headwater.analysis.suite.registry import analysis_of
 from headwater.extractor.edits.grammar import Edit, read_edits, stored_edits
 from headwater.extractor.edits.places import is_prompt
 from headwater.extractor.request import RunConfig
@@ -111,12 +111,12 @@ def _analyze(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise RequestError(f"analyses is {shown(names)}; expected a list of names.")
-    options = read_options(document.get("options", {}))
+    options = read_options(document.get("options", {}), names)
     if "model" in options:
         options = options | {"model": _model(settings, options["model"], "model")}
     return {
         "run": _run(settings, document),
-        "analyses": [entry_of(name).name for name in names],
+        "analyses": [analysis_of(name).name for name in names],
         "options": options,
         "partial": _switch(document, "partial"),
         "again": _switch(document, "again"),

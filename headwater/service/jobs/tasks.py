@@ -88,7 +88,7 @@ def plan_analyze(document: Document, progress: Progress) -> Any:
     options = document["options"]
     chosen = choose(names, options)
     described = describe(run, chosen, names, options, ONE_BY_ONE, Outcome())
-    made = [one.analysis for one in described.values()]
+    made = [one.prepared for one in described.values()]
     reducers = [reducer for a in made for reducer in next(a.steps())]
     sites = {site for reducer in reducers for site in reducer.sites} & set(run.sites)
     passes = max((a.passes for a in made), default=0)
@@ -105,7 +105,7 @@ def run_analyze(document: Document, progress: Progress) -> Any:
     """Analyse a run and save the results beside it."""
     from headwater.analysis.engine.scan import Scan, ScanProgress
     from headwater.analysis.suite.analyze import analyze
-    from headwater.analysis.suite.summary import summarise
+    from headwater.analysis.suite.registry import summarise
 
     def observe(p: ScanProgress) -> None:
         progress(
