@@ -71,12 +71,13 @@ class Recorder:
     def put(self, at: Placement, site: str, layer: int, value: torch.Tensor, count: bool) -> None:
         """Store what `Placement.choose` left of a value; `count` what the stored type cannot hold."""
         spec = self.specs[site]
+        # Padding is computed like the rest and means nothing: it reads as the fill value, and is not counted.
         mask = at.mask(site, value.ndim)
         lead = self._lead[spec.axis][layer]
         for part in self.sink.parts(site, lead, at.first, at.n):
             source = value[part.sequences, part.positions]
             target = torch.from_numpy(part.view)
-            target.copy_(source)
+            target.copy_(source)  # the cast; what lies beyond the stored type becomes infinite
             hidden = None
             if mask is not None:
                 # A mask of one column stands for all positions.
@@ -114,12 +115,14 @@ class Recorder:
         tiles = torch.from_numpy(self.sink.tile_row(site, lead, at.first + sequence, row))
         n_rows = last - block.first
         top = block.first - row * edge
+        # Heads are stored in groups, [group, head in the group]; a part of the padded rows is left out.
         source = value.view(*tiles.shape[1:3], *value.shape[1:])[:, :, :n_rows]
         for j in range(row + 1):
             target = tiles[j, :, :, top : top + n_rows]
             low = max(j * edge, block.key)
             high = min((j + 1) * edge, last)
-            if low > j * edge or high < (j + 1) * edge:
+            is_partly_hidden = low > j * edge or high < (j + 1) * edge
+            if is_partly_hidden:
                 target.fill_(spec.fill)
             if low < high:
                 inside = slice(low - j * edge, high - j * edge)

@@ -44,8 +44,11 @@ class MemorySink:
 
     def parts(self, name: str, lead: int, first: int, n: int) -> Iterator[Part]:
         """Yield the one place for sequences [first, first + n)."""
-        array = self.arrays[name] if self._specs[name].axis is None else self.arrays[name][lead]
-        yield Part(array[first : first + n], slice(0, n), slice(0, array.shape[1]))
+        array = self.arrays[name]
+        if self._specs[name].axis is not None:
+            array = array[lead]
+        sequences = array[first : first + n]
+        yield Part(sequences, slice(0, n), slice(0, array.shape[1]))
 
     def tile_row(self, name: str, lead: int, sequence: int, row: int) -> np.ndarray:
         """Return tiles to fill; they are copied to the array by `send_tiles`."""
@@ -59,6 +62,7 @@ class MemorySink:
     def send_tiles(self, name: str) -> None:
         """Copy the row of tiles into the square."""
         (lead, sequence, row), tiles = self._row.pop(name)
+        # Tiles hold heads in groups and whole edges; the square has neither padding.
         square = self.arrays[name][lead, sequence]
         edge = tiles.shape[-1]
         strip = square[:, row * edge : (row + 1) * edge]
@@ -101,12 +105,12 @@ def capture(
     loaded, checkpoint = _ready(model, compute, activation)
     home = tokenizer or (checkpoint.tokenizer if checkpoint else None)
     coder = None if home is None else load_tokenizer(home)
-    given = read_input(text)
-    ids = given if isinstance(given, np.ndarray) else _encode(given, loaded, coder, bos)
+    ids = read_input(text)
+    if not isinstance(ids, np.ndarray):
+        ids = _encode(ids, loaded, coder, bos)
     rows = list(iter_token_rows(ids, loaded.config.d_vocab))
-    tokens, row_start = (
-        np.concatenate([getattr(r, name) for r in rows]) for name in ("tokens", "row_start")
-    )
+    tokens = np.concatenate([row.tokens for row in rows])
+    row_start = np.concatenate([row.row_start for row in rows])
     config = RunConfig(
         out=".",
         sites=sites,
@@ -119,35 +123,36 @@ def capture(
         edits=encode_edits(read_edits(edits), coder),
     )
     n, length = tokens.shape
-    plan = make_plan(
-        config, loaded.config, replace(geometry(config, loaded.config, length), block=n, micro=n), n
-    )
+    shape = replace(geometry(config, loaded.config, length), block=n, micro=n)
+    plan = make_plan(config, loaded.config, shape, n)
     sink = run_in_memory(loaded, plan, tokens, row_start)
     data = {spec.name: (spec.dims, sink.arrays[spec.name], spec.attributes) for spec in plan.arrays}
     coords: dict[str, Any] = {"token": (("sequence", "position"), tokens)}
     if coder is not None:
         coords["token_string"] = ("sequence", "position"), _strings(coder, tokens)
-    s = plan.selection
-    n_layer = loaded.config.n_layer
-    used = {dim for spec in plan.arrays for dim in spec.dims}
-    coords |= {
-        dim: list(values)
-        for dim, values in (
-            ("layer", s.layers),
-            ("depth", s.depths),
-            ("head", s.heads),
-            ("selected_position", s.positions or ()),
-        )
-        if dim in used
-    }
-    if "depth" in used:
-        coords["depth_fraction"] = "depth", [d / n_layer for d in s.depths]
-    if "layer" in used:
-        coords["layer_fraction"] = "layer", [(layer + 0.5) / n_layer for layer in s.layers]
+    coords |= _coordinates(plan)
     used_compute = next(name for name, dtype in COMPUTE.items() if dtype == loaded.compute)
-    return xarray.Dataset(
-        data, coords, {"model": checkpoint.name if checkpoint else "", "compute": used_compute}
-    )
+    name = "" if checkpoint is None else checkpoint.name
+    return xarray.Dataset(data, coords, {"model": name, "compute": used_compute})
+
+
+def _coordinates(plan: Plan) -> dict[str, Any]:
+    """Return the coordinates of those dimensions that the arrays have, depth and layer as fractions too."""
+    s = plan.selection
+    n_layer = plan.model.n_layer
+    used = {dim for spec in plan.arrays for dim in spec.dims}
+    chosen = {
+        "layer": s.layers,
+        "depth": s.depths,
+        "head": s.heads,
+        "selected_position": s.positions or (),
+    }
+    coords: dict[str, Any] = {dim: list(chosen[dim]) for dim in chosen if dim in used}
+    if "depth" in used:
+        coords["depth_fraction"] = "depth", [depth / n_layer for depth in s.depths]
+    if "layer" in used:  # a layer works between two depths
+        coords["layer_fraction"] = "layer", [(layer + 0.5) / n_layer for layer in s.layers]
+    return coords
 
 
 def run_in_memory(

@@ -19,7 +19,7 @@ def made_by(device: str = "cpu") -> dict[str, object]:
         "headwater": __version__,
         "torch": torch.__version__,
         "processor": processor(device),
-        "products": products.library() if device == "cpu" else "torch",
+        "products": _products(device),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -28,6 +28,13 @@ def maker(device: str = "cpu") -> dict[str, str]:
     """Return of `made_by` what decides a value's last bits."""
     made = made_by(device)
     return {what: str(made[what]) for what in MADE_BY}
+
+
+def _products(device: str) -> str:
+    """Name the library whose matrix products the forward takes."""
+    if device == "cpu":
+        return products.library()
+    return "torch"
 
 
 def processor(device: str = "cpu") -> str:

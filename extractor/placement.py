@@ -32,27 +32,32 @@ class Placement:
         selection: Selection, first: int, row_start_BT: torch.Tensor, length: int, n_head: int
     ) -> Placement:
         """Place a micro-batch whose row starts lie on the CPU."""
-        hidden = row_start_BT[:, :length] > torch.arange(length)
-        heads = None if len(selection.heads) == n_head else torch.tensor(selection.heads)
-        positions = _chosen_positions(selection.positions, hidden)
-        n = row_start_BT.shape[0]
-        return Placement(first, n, length, hidden if bool(hidden.any()) else None, heads, positions)
+        # A position whose row begins behind it sees nothing, itself included: that is how padding is written.
+        hidden_BT = row_start_BT[:, :length] > torch.arange(length)
+        heads = None
+        if len(selection.heads) != n_head:
+            heads = torch.tensor(selection.heads)
+        place = Placement(
+            first=first,
+            n=row_start_BT.shape[0],
+            length=length,
+            hidden=None,
+            heads=heads,
+            positions=_chosen_positions(selection.positions, hidden_BT),
+        )
+        return replace(place, hidden=hidden_BT) if bool(hidden_BT.any()) else place
 
     def to(self, device: torch.device) -> Placement:
         """Return the same place with its tensors on a device."""
-        hidden, heads, positions = (
-            None if x is None else x.to(device) for x in (self.hidden, self.heads, self.positions)
-        )
-        return replace(self, hidden=hidden, heads=heads, positions=positions)
+        tensors = {"hidden": self.hidden, "heads": self.heads, "positions": self.positions}
+        moved = {name: x.to(device) for name, x in tensors.items() if x is not None}
+        return replace(self, **moved)
 
     def part(self, first: int, last: int) -> Placement:
         """Return the place of the sequences [first, last) of this micro-batch."""
-        hidden, positions = (
-            None if x is None else x[first:last] for x in (self.hidden, self.positions)
-        )
-        return replace(
-            self, first=self.first + first, n=last - first, hidden=hidden, positions=positions
-        )
+        by_sequence = {"hidden": self.hidden, "positions": self.positions}
+        cut = {name: x[first:last] for name, x in by_sequence.items() if x is not None}
+        return replace(self, first=self.first + first, n=last - first, **cut)
 
     def choose(self, site: str, value: torch.Tensor) -> torch.Tensor:
         """Cut a site's value [B, …] of a padded micro-batch to what is kept of it; a view where that is possible."""
@@ -61,8 +66,10 @@ class Placement:
         if self.heads is not None and "head" in dims:
             value = value.index_select(dims.index("head") + 1, self.heads)
         if self.positions is not None and SITES[site].group == VECTOR:
-            index = self.positions.view(*self.positions.shape, *([1] * (value.ndim - 2)))
-            value = value.gather(1, index.expand(-1, -1, *value.shape[2:]))
+            # gather wants an index as large as its result: [B, n] is stretched over the dimensions behind.
+            inner = value.shape[2:]
+            index = self.positions.view(*self.positions.shape, *[1 for _ in inner])
+            value = value.gather(1, index.expand(-1, -1, *inner))
         return value
 
     def mask(self, site: str, n_dims: int) -> torch.Tensor | None:
@@ -73,18 +80,24 @@ class Placement:
             return None
         if self.positions is not None and SITES[site].group == VECTOR:
             hidden = hidden.gather(1, self.positions)
-        return hidden.view(
-            hidden.shape[0], *([1] * (along - 1)), hidden.shape[1], *([1] * (n_dims - along - 1))
-        )
+        shape = [1] * n_dims
+        shape[0] = hidden.shape[0]
+        shape[along] = hidden.shape[1]
+        return hidden.view(shape)
 
 
 def inner_dims(site: str) -> tuple[str, ...]:
     """Return the dimensions of a site behind the sequence."""
-    return SITES[site].dims[1 if SITES[site].axis is None else 2 :]
+    dims = SITES[site].dims
+    return dims[dims.index("sequence") + 1 :]
 
 
 def _along(dims: tuple[str, ...]) -> int:
-    return next(i for i, dim in enumerate(dims) if dim in POSITION_DIMS) + 1
+    """Return the dimension of a value [B, …] that goes over positions."""
+    for i, dim in enumerate(dims):
+        if dim in POSITION_DIMS:
+            return i + 1
+    raise AssertionError(dims)
 
 
 def _chosen_positions(
@@ -94,6 +107,7 @@ def _chosen_positions(
     if chosen is None:
         return None
     if chosen == (-1,):
+        # The largest t + 1 of the real positions is one more than the last of them; a row of padding gives 0.
         real = (~hidden_BT).to(torch.int64) * torch.arange(1, hidden_BT.shape[1] + 1)
         return (real.amax(1, keepdim=True) - 1).clamp_(min=0)
     return torch.tensor(chosen).expand(hidden_BT.shape[0], -1)

@@ -69,12 +69,58 @@ def test_kernels_have_no_init():
     assert not (ROOT / "kernels/__init__.py").exists()
 
 
-@pytest.mark.parametrize("folder", ["kernels", "store"])
-def test_the_lowest_folders_take_only_the_version_from_the_front_door(folder):
-    for path in (ROOT / folder).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                assert node.value.id != "headwater" or node.attr == "__version__", path
+def modules() -> dict[str, Path]:
+    """Return every module of the package by its name; each folder once, not through its link in headwater/."""
+    found = {}
+    for folder in (*ALLOWED, "benchmarks", "headwater"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if folder == "headwater" and len(parts) > 1 and parts[1] in {*ALLOWED, "benchmarks"}:
+                continue
+            name = ".".join(parts if folder == "headwater" else ("headwater", *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    """Return which modules each one imports, anywhere in it, for type checking too."""
+    known = modules()
+    found = {}
+    for module, path in known.items():
+        found[module] = set()
+        for name in imports(path):
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            found[module] |= {name} - {"", module}
+    return found
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """Return modules that import each other in a circle, none where there is no circle: take away the leaves."""
+    left = {module: set(imported) for module, imported in edges.items()}
+    while leaves := {module for module, imported in left.items() if not imported & left.keys()}:
+        left = {module: imported for module, imported in left.items() if module not in leaves}
+    return sorted(left)
+
+
+def test_no_imports_go_in_a_circle():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == ["a", "b", "c"]
+    edges = graph()
+    assert len(edges) > 200 and "headwater.store.version" in edges["headwater"]
+    assert circle(edges) == []
+
+
+def test_nothing_below_the_front_door_imports_it():
+    """Not even for its version: `headwater`, its command line and its service know the rest, and not the reverse."""
+    for module, imported in graph().items():
+        folder = module.split(".")[1] if "." in module else ""
+        if folder in ALLOWED:
+            above = [
+                name
+                for name in imported
+                if name == "headwater" or name.split(".")[1] not in ALLOWED
+            ]
+            assert not above, f"{module} imports {above}"
 
 
 def test_import_headwater_is_light():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from headwater.benchmarks.gpu.aot import Compiled, compile_launch
+from headwater.benchmarks.gpu.compiled import Compiled, compile_launch
 from headwater.kernels.gpu.column_mass import plan_column_mass
 from headwater.kernels.gpu.launch import ARCHES, HEAD_SIZES, Config, lookup
 from headwater.kernels.gpu.pattern import plan_pattern

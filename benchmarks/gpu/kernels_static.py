@@ -126,8 +126,8 @@ def _tensor(value: Any) -> Any:
 
 def look_at(row: Row, moved: dict[str, int]) -> dict[str, Any]:
     """Compile a row and return its line of the table."""
-    from headwater.benchmarks.gpu.aot import compile_launch
     from headwater.benchmarks.gpu.aot_cases import Case, blocks_per_multiprocessor, plan
+    from headwater.benchmarks.gpu.compiled import compile_launch
     from headwater.benchmarks.gpu.naive_kernels import VARIANTS, vary
     from headwater.kernels.gpu.launch import lookup
 

@@ -65,19 +65,27 @@ class RunSource:
     """A run, read one layer of a few sequences at a time."""
 
     def __init__(self, run: Run, site: str, one: int | None, source: int | None) -> None:
-        self._array, self._leads, self._one, self._source = run[site], run.leads(site), one, source
-        self._n, self._path = run.manifest.n_sequences, run.path
+        self._array = run[site]
+        self._leads = run.leads(site)
+        self._one = one
+        self._source = source
+        self._n = run.manifest.n_sequences
+        self._path = run.path
         self._axis = SITES[site].axis
 
     def _read(self, layer: int, sequence: int) -> torch.Tensor:
-        at = self._one if self._one is not None else sequence
+        at = sequence
+        if self._one is not None:
+            at = self._one
         if at >= self._n:
             raise RuntimeError(
                 f"an edit takes sequence {at} of {self._path}, which has {self._n}. Give the edit one "
                 "of them for all with sequence=."
             )
-        value = self._array[self._leads.index(layer), at] if self._axis else self._array[at]
-        return torch.from_numpy(np.array(value, np.float32))
+        where: tuple[int, ...] = (at,)
+        if self._axis:
+            where = (self._leads.index(layer), at)
+        return torch.from_numpy(np.array(self._array[where], np.float32))
 
     def rows(self, layer: int, sequence: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Read the sequences that occur and pick places."""

@@ -111,8 +111,12 @@ class Batch:
 
 def attention_rows(n_positions: int, tile: int | None = None) -> int:
     """Return how many queries the attention takes at once: at most 128, and a divisor of the tile edge."""
-    edge = padded(n_positions) if tile is None or tile >= n_positions else tile
-    return edge if edge <= ATTENTION_ROWS or edge % ATTENTION_ROWS else ATTENTION_ROWS
+    edge = padded(n_positions)
+    if tile is not None and tile < n_positions:
+        edge = tile
+    if edge <= ATTENTION_ROWS or edge % ATTENTION_ROWS:
+        return edge
+    return ATTENTION_ROWS
 
 
 def logit_rows(d_vocab: int, value_bytes: int) -> int:
@@ -134,6 +138,7 @@ def make_batch(tokens: np.ndarray, row_start: np.ndarray, tile: int | None = Non
     """
     n, length = tokens.shape
     wide = padded(length)
+    # What is added at the right begins behind itself, at t + 1, and so sees nothing.
     starts = np.tile(np.arange(1, wide + 1, dtype=np.int32), (n, 1))
     starts[:, :length] = row_start
     ids = np.zeros((n, wide), np.int64)
@@ -143,6 +148,7 @@ def make_batch(tokens: np.ndarray, row_start: np.ndarray, tile: int | None = Non
     ids[~real] = 0
     positions = np.where(real, t - starts, 0)
     targets = np.full((n, wide), -1, np.int64)
+    # t + 1 is a target of t where both are real and the row of t + 1 begins at t or before: it is the same row.
     follows = real[:, :-1] & real[:, 1:] & (starts[:, 1:] <= t[:-1])
     targets[:, :-1][follows] = ids[:, 1:][follows]
     starts_t = torch.from_numpy(starts)

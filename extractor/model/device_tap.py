@@ -68,11 +68,9 @@ class DeviceTap(CaptureTap):
 
     def slot(self, depth: int, x_BTD: torch.Tensor) -> torch.Tensor | None:
         """Return where the residual tap shall put a copy of the state at a depth, in the stored type."""
-        self._slot = (
-            torch.empty_like(x_BTD, dtype=self._type("resid"))
-            if self.wants("resid", depth)
-            else None
-        )
+        self._slot = None
+        if self.wants("resid", depth):
+            self._slot = torch.empty_like(x_BTD, dtype=self._type("resid"))
         return self._slot
 
     def take_depth(
@@ -91,10 +89,11 @@ class DeviceTap(CaptureTap):
                 x_BTD, out=x_BTD, slot=self.slot(depth, x_BTD), previous=previous_BTD
             )
         if self._slot is not None:
-            real = torch.stack(
-                [self._real("resid", n).sum() for n in (told.overflow, told.nonfinite)]
-            )
-            self._send("resid", depth, self.at.choose("resid", self._slot).contiguous(), real)
+            # The kernel counted a row's overflow; of rows that are padding or not chosen nothing is told.
+            overflow = self._real("resid", told.overflow).sum()
+            nonfinite = self._real("resid", told.nonfinite).sum()
+            chosen = self.at.choose("resid", self._slot).contiguous()
+            self._send("resid", depth, chosen, torch.stack([overflow, nonfinite]))
             self._slot = None
         values = {site: getattr(told, FROM_KERNEL[site]) for site in statistics}
         if previous_BTD is None and "resid_cosine" in values:
@@ -115,10 +114,14 @@ class DeviceTap(CaptureTap):
         self, site: str, layer: int, tiles: torch.Tensor, overflow: torch.Tensor | None = None
     ) -> None:
         """Store all causal tiles of a micro-batch, [B, N, tile, E, E]; `overflow` counts values lost in a cast."""
-        tiles = tiles if self.at.heads is None else tiles.index_select(1, self.at.heads)
+        if self.at.heads is not None:
+            tiles = tiles.index_select(1, self.at.heads)
         for b, part in enumerate(tiles):
-            lost = self._nothing[0] if overflow is None else overflow[b]
-            broken = (~part.isfinite()).sum() if site == "pattern" else self._nothing[1]
+            lost = broken = self._nothing[0]
+            if overflow is not None:
+                lost = overflow[b]
+            if site == "pattern":  # scores are NaN where a key is hidden, so they say nothing
+                broken = (~part.isfinite()).sum()
             at = self._host_at.part(b, b + 1)
             deliver = partial(self._put_tiles, at, site, layer)
             self._transfer.send([part.contiguous(), torch.stack([lost, broken])], deliver)
@@ -127,11 +130,9 @@ class DeviceTap(CaptureTap):
         chosen = self.at.choose(site, value)
         dtype = self._type(site)
         stored = chosen.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        counts = (
-            self._count(site, chosen, stored)
-            if count and dtype.is_floating_point
-            else self._nothing
-        )
+        counts = self._nothing
+        if count and dtype.is_floating_point:
+            counts = self._count(site, chosen, stored)
         self._send(site, layer, stored, counts)
 
     def _count(self, site: str, value: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
@@ -149,24 +150,21 @@ class DeviceTap(CaptureTap):
         """Cut counts of each row to the chosen positions that are no padding."""
         chosen = self.at.choose(site, counts_BT)
         hidden = self.at.mask(site, 2)
-        return chosen if hidden is None else chosen.masked_fill(hidden, 0)
+        if hidden is None:
+            return chosen
+        return chosen.masked_fill(hidden, 0)
 
     def _send(self, site: str, layer: int, stored: torch.Tensor, counts: torch.Tensor) -> None:
         """Send a value in pieces of whole sequences that fit the ring; its counts go with the first."""
         n = stored.shape[0]
-        per = max(
-            largest_item(self._transfer.ring.capacity)
-            * n
-            // max(stored.numel() * stored.element_size(), 1),
-            1,
-        )
+        n_bytes = max(stored.numel() * stored.element_size(), 1)
+        # One sequence always fits: the ring is made twice as large as the largest (see `ring_capacity`).
+        per = max(largest_item(self._transfer.ring.capacity) * n // n_bytes, 1)
         for first in range(0, n, per):
             last = min(first + per, n)
-            at = self._host_at.part(first, last)
-            deliver = partial(self._put, at, site, layer)
-            self._transfer.send(
-                [stored[first:last], counts if first == 0 else self._nothing], deliver
-            )
+            deliver = partial(self._put, self._host_at.part(first, last), site, layer)
+            self._transfer.send([stored[first:last], counts], deliver)
+            counts = self._nothing
 
     def _type(self, site: str) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.recorder.specs[site].dtype)

@@ -51,11 +51,20 @@ class ByteRing:
     def _place(self, n_bytes: int) -> int | None:
         if not self._live:
             return 0
+        # What is out lies between the oldest stretch's begin and the newest one's end, round the ring's end or not.
         tail = self._live[0][0]
         head = self._live[-1][1]
-        if tail < head:
-            return head if head + n_bytes <= self.capacity else 0 if n_bytes <= tail else None
-        return head if head + n_bytes <= tail else None
+        if tail >= head:  # it goes round: what is free lies between
+            return self._fits(head, n_bytes, tail)
+        behind = self._fits(head, n_bytes, self.capacity)
+        if behind is None:
+            return self._fits(0, n_bytes, tail)
+        return behind
+
+    @staticmethod
+    def _fits(offset: int, n_bytes: int, end: int) -> int | None:
+        """Return the offset where the bytes end before `end`, None where they don't."""
+        return offset if offset + n_bytes <= end else None
 
 
 class Side(Protocol):
@@ -119,7 +128,9 @@ class CudaSide:
 
 def make_side(device: torch.device) -> Side:
     """Return how copies leave a device."""
-    return CudaSide(device) if device.type == "cuda" else HostSide()
+    if device.type == "cuda":
+        return CudaSide(device)
+    return HostSide()
 
 
 @dataclass
@@ -209,8 +220,8 @@ class Transfer:
                     self.ring.give()
 
     def _hand_on(self, item: _Item) -> None:
-        copied = 0.0 if item.wait is None else item.wait()
-        self._seconds["copy"] += copied
+        if item.wait is not None:
+            self._seconds["copy"] += item.wait()
         if self._error is not None and not item.always:
             return
         start = time.perf_counter()

@@ -46,7 +46,7 @@ def walk_layers(model: Forward, micros: Sequence[Micro], tap: Tap, first: int, l
         for micro in micros:
             tap.place(micro.first, micro.batch.row_start)
             previous = None
-            if tap.wants_previous:
+            if tap.wants_previous:  # the layer changes the stream in place
                 previous = micro.x_BTD.clone()
             told = model.layer(layer, micro.x_BTD, micro.batch, tap, previous)
             tap.take_depth(layer + 1, micro.x_BTD, previous, told)

@@ -11,7 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter doesn't compile", allow_module_level=True)
 
 from headwater.benchmarks.gpu import aot_cases  # noqa: E402
-from headwater.benchmarks.gpu.aot import _cuobjdump, row  # noqa: E402
+from headwater.benchmarks.gpu.aot import row  # noqa: E402
+from headwater.benchmarks.gpu.compiled import _cuobjdump  # noqa: E402
 from headwater.benchmarks.registry import RESULTS  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
