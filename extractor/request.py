@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -426,7 +425,8 @@ class RunConfig:
             if item.metadata.get("text_only") and getattr(self, item.name) != item.default:
                 raise RequestError(
                     f"{flag_of(item.name)} says how text becomes sequences, but --tokens gives them as they are. "
-                    "Leave one of them out."
+                    "Leave one of them out.",
+                    flag=item.name,
                 )
 
     @property
@@ -530,11 +530,8 @@ def make_config(
     try:
         return kind(**values)
     except RequestError as error:
-        named = re.match(r"--([a-z-]+)", str(error))
-        if named and named[1].replace("-", "_") in stored.keys() - given.keys():
-            raise RequestError(
-                f"{error} (That is {named[1].replace('-', '_')} in {file}.)"
-            ) from error
+        if error.flag in stored.keys() - given.keys():
+            raise RequestError(f"{error} (That is {error.flag} in {file}.)", error.flag) from error
         raise
 
 

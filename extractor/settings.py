@@ -130,7 +130,12 @@ def read_fields(request: Request) -> None:
         if value is None and item.default is None:
             continue
         flag = item.metadata["flag"] or flag_of(item.name)
-        object.__setattr__(request, item.name, item.metadata["kind"].read(flag, value))
+        try:
+            value = item.metadata["kind"].read(flag, value)
+        except RequestError as error:
+            error.flag = error.flag or item.name
+            raise
+        object.__setattr__(request, item.name, value)
 
 
 def request_schema(request: type[Request]) -> dict[str, object]:

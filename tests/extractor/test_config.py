@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,3 +256,16 @@ def test_no_run_is_made_inside_another(tmp_path, cli, tiny_gpt2, inner):
     for out in (run / inner, tmp_path / "linked" / inner):
         cli(*asked, out).error(2, "lies in the run")
         assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seq_len", 0), ("dtype", "float8"), ("mode", "rows"), ("layers", 1.5)]
+)
+def test_an_error_names_its_setting_in_a_field(tmp_path, name, value):
+    with pytest.raises(RequestError) as caught:
+        RunConfig("run", **{name: value})
+    assert caught.value.flag == name
+    file = tmp_path / "run.toml"
+    file.write_text(f"{name} = {json.dumps(value)}\n")
+    with pytest.raises(RequestError, match=rf"\(That is {name} in {file}\.\)$"):
+        make_config({"out": "run"}, str(file))
