@@ -130,8 +130,8 @@ class Recorder:
                 target[..., inside].copy_(source[..., keys])
         if site == "attn_scores":
             self._hide_scores(at, layer, tiles[:, :, :, top : top + n_rows], source)
-        # The softmax makes a row finite or NaN as a whole, so its first value tells.
-        elif not bool(torch.isfinite(source[..., 0].sum())):
+        # The softmax makes a row finite, or NaN on every key that it sees, its own among them.
+        elif not bool(torch.isfinite(source.diagonal(block.first - block.key, -2, -1).sum())):
             self.note(at, site, layer, 0, int((~torch.isfinite(source)).sum()))
         if last == length or block.last % edge == 0:
             self.sink.send_tiles(site)

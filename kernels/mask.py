@@ -25,6 +25,13 @@ class RowBlock:
     hidden: torch.Tensor | None
     empty: torch.Tensor | None
 
+    def seen(self) -> torch.Tensor:
+        """Return bool [last − first, last − key]: which keys each query sees."""
+        if self.hidden is not None:
+            return self.hidden == 0
+        n_rows = self.last - self.first
+        return torch.ones(n_rows, self.last, dtype=torch.bool).tril_(self.first)
+
 
 def causal_rows(n_positions: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Return the row_start of plain causal attention: int32 zeros [n_positions]."""
@@ -36,6 +43,17 @@ def visible(row_start: torch.Tensor) -> torch.Tensor:
     n = row_start.shape[-1]
     key = torch.arange(n, device=row_start.device)
     return (key >= row_start[..., None]) & (key <= key[:, None])
+
+
+def weigh_values(p_NQK: torch.Tensor, v_NKH: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Return p v, NaN where a row sees a value that is not finite, and only there, though 0 · NaN is NaN.
+
+    `seen` is bool [..., Q, K]; the leading dimensions of all three are alike, or broadcast.
+    """
+    finite = v_NKH.isfinite()
+    z = p_NQK @ v_NKH.masked_fill(~finite, 0)
+    reached = seen.to(z.dtype) @ (~finite).to(z.dtype)
+    return z.masked_fill(reached > 0, torch.nan)
 
 
 def split_rows(row_start: torch.Tensor, n_rows: int) -> list[RowBlock]:

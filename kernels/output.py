@@ -14,6 +14,8 @@ class AttentionOutput(NamedTuple):
     """Attention of T queries over themselves; what was not asked for is None.
 
     `z` [B, T, N, H] in the type of v. `lse` float32 [B, N, T]: ln Σ exp(score), −inf in rows that see no key.
+    A row that sees a score of NaN or +inf, or none but −inf, has no softmax. It is NaN in z, in lse, in the pattern on
+    the keys that it sees (hidden ones stay 0), in its statistics (argmax −1) and in the columns of the keys it sees.
     `pattern` [B, N, T, T], or causal tiles [B, N, tile, E, E]. `row`: each row statistic [B, N, T], float32, but int32
     `attn_argmax`. `column`: float32 [B, N, T], the mass that each key receives (`attn_received`). `features`: float32
     [B, N, T, F], the pattern times a table of key features.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from headwater.kernels.mask import visible
-from headwater.kernels.output import AttentionOutput, ResidualOutput, square_to_tiles
+from headwater.kernels.mask import visible, weigh_values
+from headwater.kernels.output import FLOAT_ROWS, AttentionOutput, ResidualOutput, square_to_tiles
 
 
 def exact_type(dtype: torch.dtype) -> torch.dtype:
@@ -43,12 +43,14 @@ def attention_reference(
     else:
         start = row_start
     seen = visible(start)[:, None]
-    # p = exp(s − lse), 0 where hidden; −inf − −inf of an empty row would be NaN, so these are filled afterwards.
+    # p = exp(s − lse), 0 where hidden; −inf − −inf of an empty row is NaN, but all of its keys are hidden.
     scores = (scale * (q @ k.transpose(-1, -2))).masked_fill(~seen, -torch.inf)
+    empty = ~seen.any(-1)
     lse = torch.logsumexp(scores, -1)
+    # A row that sees NaN, +inf or only −inf has no softmax: exp(inf − inf) is NaN.
+    lse = lse.masked_fill(lse.isinf() & ~empty, torch.nan)
     p = torch.where(seen, torch.exp(scores - lse[..., None]), 0.0)
-    p = p.masked_fill(torch.isneginf(lse)[..., None], 0.0)
-    z = (p @ v).transpose(1, 2).to(v_BTGH.dtype)
+    z = weigh_values(p, v, seen).transpose(1, 2).to(v_BTGH.dtype)
     if pattern_dtype is None:
         kept = p
     else:
@@ -70,7 +72,8 @@ def row_statistics(p_BNQK: torch.Tensor, row_start_BT: torch.Tensor) -> dict[str
     """Reduce a pattern to what is stored of each row: [B, N, T] in the pattern's type, `attn_argmax` int32.
 
     Entropy −Σ p ln p in nats; sink: mass on the row's first visible key; distance: Σ p (query − key); prev: mass on the
-    key before the query, 0 where the row does not see it. Rows that see no key: 0, and argmax −1.
+    key before the query, 0 where the row does not see it. Rows that see no key: 0, and argmax −1. Rows without a
+    softmax, whose p are NaN on the keys that they see: NaN, and argmax −1.
     """
     n_positions = p_BNQK.shape[-1]
     t = torch.arange(n_positions, device=p_BNQK.device)
@@ -84,15 +87,19 @@ def row_statistics(p_BNQK: torch.Tensor, row_start_BT: torch.Tensor) -> dict[str
     previous = torch.zeros_like(p_BNQK[..., 0])
     previous[..., 1:] = p_BNQK.diagonal(-1, -2, -1)
     largest, place = p_BNQK.max(-1)
-    return {
+    broken = largest.isnan()
+    row = {
         "attn_entropy": -torch.special.xlogy(p_BNQK, p_BNQK).sum(-1),
         "attn_max": largest,
-        "attn_argmax": place.masked_fill(empty, -1).int(),
+        "attn_argmax": place.masked_fill(empty | broken, -1).int(),
         "attn_sink": p_BNQK.gather(-1, sink)[..., 0],
         "attn_distance": (p_BNQK * (t[:, None] - t)).sum(-1),
         "attn_self": p_BNQK.diagonal(0, -2, -1).clone(),
         "attn_prev": previous,
     }
+    for name in FLOAT_ROWS:
+        row[name] = row[name].masked_fill(broken, torch.nan)
+    return row
 
 
 def residual_reference(

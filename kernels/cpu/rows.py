@@ -16,7 +16,7 @@ import torch
 from headwater.kernels.cpu.products import multiply_heads
 from headwater.kernels.cpu.sharing import even_slices, share
 from headwater.kernels.cpu.workspace import Workspace
-from headwater.kernels.mask import RowBlock
+from headwater.kernels.mask import RowBlock, weigh_values
 
 ROW_STATISTICS = (
     "attn_entropy",
@@ -58,7 +58,7 @@ def attend(
     `attn_argmax` int32). `on_pattern(b, block, pattern_NQK)` sees each row block of probabilities, `on_scores` the
     scores with −inf at hidden keys; both tensors are reused after the call. `edit_scores` and `edit_pattern` may change
     them in place before they are used, and say whether they did. Rows that see no key have z = 0, a pattern of zeros
-    and argmax −1.
+    and argmax −1. Rows that see a score of NaN or +inf, or none but −inf, are NaN (see `AttentionOutput`).
     """
     wanted = statistics or {}
     calls = on_scores, on_pattern, edit_scores, edit_pattern
@@ -112,6 +112,10 @@ def _attend_rows(
         scores[:, :, -n_rows:].add_(_triangle(n_rows, q.dtype, lowest))
     else:
         scores.add_(block.hidden.clamp(min=lowest))
+    shown = on_scores is not None or edit_scores is not None
+    if shown:
+        # NaN − inf is NaN: where others look at the scores, hidden keys are hidden by position, too.
+        scores.masked_fill_(~block.seen(), lowest)
     if edit_scores is not None:
         edit_scores(b, block, scores)
     if on_scores is not None:
@@ -120,19 +124,48 @@ def _attend_rows(
     # The softmax of a row that is hidden everywhere is uniform or NaN; what it means is zeros.
     if block.empty is not None:
         pattern[:, block.empty] = 0
+    lost = peaks and _sees_only_lowest(block, scores)
+    broken = lost or (edit_pattern is not None and bool(pattern.isnan().any()))
+    values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
+    if not broken and edit_pattern is None:
+        multiply_heads(pattern, v_NTH[:, keys], values)
+        # One sum tells of all rows: NaN in the pattern is NaN in z, and 0 · NaN is NaN, too.
+        broken = not math.isfinite(values.sum())
+    if broken:
+        if not shown:
+            multiply_heads(q, k_NTH[:, keys].transpose(1, 2), scores, scale)
+        if peaks or not shown:
+            scores.masked_fill_(~block.seen(), -math.inf)
+            torch.softmax(scores, -1, out=pattern)
+        pattern.masked_fill_(~block.seen(), 0)
     if edit_pattern is not None and edit_pattern(b, block, pattern) and peaks:
         # The entropy is that of the edited pattern.
         torch.log(pattern, out=scores).clamp_(min=LOWEST)
-    values = workspace.get("values", (n_head, n_rows, d_head), q.dtype)
-    multiply_heads(pattern, v_NTH[:, keys], values)
+    if broken or edit_pattern is not None:
+        multiply_heads(pattern, v_NTH[:, keys], values)
+        if not v_NTH[:, keys].isfinite().all():
+            values = weigh_values(pattern, v_NTH[:, keys], block.seen())
     # z is [T, N, H] for the next matrix product, the products are by head.
     z_BTNH[b, rows] = values.transpose(0, 1)
     if sums is not None:
+        if broken:
+            sums.spoil(block, pattern)
         if peaks and on_scores is not None:
             (scores if block.hidden is not None else scores[:, :, -n_rows:]).clamp_(min=LOWEST)
         sums.add(block, scores, pattern)
     if on_pattern is not None:
         on_pattern(b, block, pattern)
+
+
+def _sees_only_lowest(block: RowBlock, scores_NQK: torch.Tensor) -> bool:
+    """Say whether a row may see only scores as low as those of hidden keys, among which its softmax then spreads.
+
+    A row that sees any key sees its own, so that only those scores need to be looked at.
+    """
+    own = scores_NQK.numpy().diagonal(block.first - block.key, 1, 2)
+    if block.empty is not None:
+        own = np.delete(own, block.empty, 1)
+    return bool((own <= LOWEST).any())
 
 
 class _Statistics:
@@ -152,6 +185,7 @@ class _Statistics:
         self._out = {name: value.numpy() for name, value in wanted.items()}
         self._starts = row_start_T.numpy()
         self._empty: list[int] = []
+        self._broken: list[tuple[slice, torch.Tensor]] = []
         of_rows = next(iter(wanted.values())).shape
         self._score, self._largest, self._mean = (torch.empty(of_rows, dtype=dtype) for _ in "spm")
         if "attn_received" in wanted:
@@ -178,6 +212,10 @@ class _Statistics:
         if len(self._out) > ("attn_received" in self._out):
             share(take, even_slices(len(pattern), 1 + pattern.size // ENOUGH))
 
+    def spoil(self, block: RowBlock, pattern_NQK: torch.Tensor) -> None:
+        """Make the statistics of a block's rows NaN where the pattern is."""
+        self._broken.append((slice(block.first, block.last), pattern_NQK.isnan().any(-1)))
+
     def _add_peaks(
         self, heads: slice, rows: slice, key: int, scores_NQK: np.ndarray, pattern_NQK: np.ndarray
     ) -> None:
@@ -192,7 +230,11 @@ class _Statistics:
             self._out["attn_argmax"][heads, rows] = place + key
         if "attn_entropy" in self._out:
             self._score.numpy()[heads, rows] = scores_NQK.reshape(-1).take(at)
-            np.vecdot(pattern_NQK, scores_NQK, out=self._mean.numpy()[heads, rows])
+            mean = self._mean.numpy()[heads, rows]
+            with np.errstate(invalid="ignore"):
+                np.vecdot(pattern_NQK, scores_NQK, out=mean)
+                if np.isnan(mean).any():  # 0 · (−inf)
+                    np.vecdot(pattern_NQK, np.maximum(scores_NQK, LOWEST), out=mean)
 
     def finish(self) -> None:
         """Store what needs every row block: the largest, the entropy, and rows that see no key."""
@@ -205,6 +247,9 @@ class _Statistics:
             torch.sub(lse, self._mean, out=self._wanted["attn_entropy"]).clamp_(min=0)
         for name in self._wanted.keys() & set(ROW_STATISTICS):
             self._wanted[name][:, self._empty] = -1 if name == "attn_argmax" else 0
+            nothing = -1 if name == "attn_argmax" else math.nan
+            for rows, broken in self._broken:
+                self._wanted[name][:, rows].masked_fill_(broken, nothing)
 
 
 def _fill_distance(block: RowBlock, pattern_NQK: np.ndarray, out_NQ: np.ndarray) -> None:

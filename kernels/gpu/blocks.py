@@ -111,9 +111,23 @@ def masked_block(i, first, full_first, full_last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def hide(scores, n0, t, start, BLOCK_N: tl.constexpr):
-    """Put HIDDEN where a row of the scores [M, N] does not see a key."""
+def seen_keys(n0, t, start, BLOCK_N: tl.constexpr):
+    """Say which keys [M, N] of a block each row sees: by position, for a score that is not finite hides nothing."""
     key = n0 + tl.arange(0, BLOCK_N)
     # One mask for all layouts: row t sees the keys [row_start[t], t].
-    seen = (key[None, :] >= start[:, None]) & (key[None, :] <= t[:, None])
-    return tl.where(seen, scores, HIDDEN)
+    return (key[None, :] >= start[:, None]) & (key[None, :] <= t[:, None])
+
+
+@triton.jit
+def hide(scores, n0, t, start, BLOCK_N: tl.constexpr):
+    """Put HIDDEN where a row of the scores [M, N] does not see a key."""
+    return tl.where(seen_keys(n0, t, start, BLOCK_N), scores, HIDDEN)
+
+
+@triton.jit
+def sum_or_nan(total, empty):
+    """Return the sum of each row, 1 where it sees no key, NaN where it sees only scores of −inf.
+
+    A sum is NaN already where a row sees NaN or +inf: exp(inf − inf). So NaN marks every row without a softmax.
+    """
+    return tl.where(empty, 1.0, tl.where(total == 0.0, float("nan"), total))

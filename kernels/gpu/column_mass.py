@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headwater.kernels.gpu.blocks import load_block, product
+from headwater.kernels.gpu.blocks import load_block, masked_block, product
 from headwater.kernels.gpu.launch import Config
 from headwater.kernels.gpu.program import Launch, can_describe, describe_heads, precision, upcast
 
@@ -57,7 +57,7 @@ def _add(
         )
         p = tl.where(key[:, None] >= start[None, :], p, 0.0)
     if MASKED:
-        p = tl.where(key[:, None] <= t[None, :], p, 0.0)
+        p = tl.where((key[:, None] <= t[None, :]) & (t < n_positions)[None, :], p, 0.0)
     return acc + p
 
 
@@ -100,9 +100,16 @@ def column_kernel(
     # A program owns its keys and adds up all queries itself, in one order: no atomics, the same bits each time.
     # The sum over a block's queries is left to the end, once, instead of once a block.
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    # Queries from here on come after every key of the block, so only those before need the causal mask.
-    full = tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M
-    for m0 in range(n0 // BLOCK_M * BLOCK_M, tl.minimum(full, n_positions), BLOCK_M):
+    # Queries that need a mask: those beside the diagonal, and the last block where it reaches beyond T. There a query
+    # is zero, but 0 · NaN is none: a key that is not finite must not get mass from rows that don't exist.
+    first = n0 // BLOCK_M * BLOCK_M
+    end = tl.cdiv(n_positions, BLOCK_M) * BLOCK_M
+    # Queries from here on come after every key of the block.
+    full = tl.minimum(tl.cdiv(n0 + BLOCK_N, BLOCK_M) * BLOCK_M, end)
+    full_end = tl.maximum(n_positions // BLOCK_M * BLOCK_M, full)
+    n_masked = (full - first + end - full_end) // BLOCK_M
+    for i in range(0, n_masked):
+        m0 = masked_block(i, first, full, full_end, BLOCK_M)
         acc = _add(
             acc,
             keys,
@@ -128,7 +135,7 @@ def column_kernel(
             PRECISION,
             UPCAST,
         )
-    for m0 in range(full, n_positions, BLOCK_M):
+    for m0 in range(full, full_end, BLOCK_M):
         acc = _add(
             acc,
             keys,

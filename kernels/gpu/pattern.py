@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from headwater.kernels.gpu.blocks import (
-    HIDDEN,
     LOWEST,
     hide,
     key_span,
@@ -21,6 +20,8 @@ from headwater.kernels.gpu.blocks import (
     masked_block,
     product,
     product_onto,
+    seen_keys,
+    sum_or_nan,
 )
 from headwater.kernels.gpu.launch import Config
 from headwater.kernels.gpu.program import (
@@ -204,8 +205,12 @@ def pattern_kernel(
         )
         largest, total = _fold(largest, total, hide(s, n0, t, start, BLOCK_N), factor)
 
-    # p = 2^(factor · s − log_sum); rows that see nothing keep 0, and the masked branch makes their p 0.
-    log_sum = tl.where(total > 0, largest * factor + tl.log2(total), 0.0)
+    empty = start > t
+    total = sum_or_nan(total, empty)
+    # Subtract what pass 1 subtracted, and divide: a logarithm of the sum that is rounded to float32 together with a
+    # maximum of 1e7 is wrong by half a unit, and rows would add up to anything from .7 to 1.4.
+    shift = largest * factor
+    inverse = (1.0 / total)[:, None]
     # Pass 2: the same probabilities are stored and multiplied with v, so z = P v holds for the stored P up to
     # its rounding. No block needs rescaling any more.
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -227,7 +232,7 @@ def pattern_kernel(
             PRECISION,
             UPCAST,
         )
-        p = tl.exp2(tl.fma(s, factor, -log_sum[:, None]))
+        p = tl.exp2(tl.fma(s, factor, -shift[:, None])) * inverse
         values = load_block(
             v, b, n0, key_head, n_positions, svb, svt, svn, D, BLOCK_N, BLOCK_D, TMA
         )
@@ -252,9 +257,9 @@ def pattern_kernel(
             PRECISION,
             UPCAST,
         )
-        s = hide(s, n0, t, start, BLOCK_N)
-        # Not only 2^(−huge): a row that sees nothing has log_sum = 0, and a hidden key must give an exact zero.
-        p = tl.where(s > HIDDEN, tl.exp2(tl.fma(s, factor, -log_sum[:, None])), 0.0)
+        seen = seen_keys(n0, t, start, BLOCK_N)
+        # By position, not 2^(−huge): a hidden key must give an exact zero in rows that are NaN, too.
+        p = tl.where(seen, tl.exp2(tl.fma(s, factor, -shift[:, None])) * inverse, 0.0)
         values = load_block(
             v, b, n0, key_head, n_positions, svb, svt, svn, D, BLOCK_N, BLOCK_D, TMA
         )
@@ -275,12 +280,12 @@ def pattern_kernel(
     place = (b.to(tl.int64) * n_positions + t) * n_head + head
     tl.store(
         z + place[:, None] * D + d[None, :],
-        acc.to(z.dtype.element_ty),
+        tl.where(empty[:, None], 0.0, acc).to(z.dtype.element_ty),
         mask=inside[:, None] & (d < D)[None, :],
     )
     tl.store(
         lse + plane.to(tl.int64) * n_positions + t,
-        tl.where(total > 0, log_sum * 0.6931471805599453, -float("inf")),
+        tl.where(empty, -float("inf"), (shift + tl.log2(total)) * 0.6931471805599453),
         mask=inside,
     )
 

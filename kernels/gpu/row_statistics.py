@@ -3,7 +3,8 @@
 Linear statistics (mean distance, mass on classes of keys) are the pattern times a table of key features, 16 more value
 columns on the matrix units. Positions are split into digits of base 256, exact in every type, and divided by a column
 of ones, so that rounding of P changes weights and never the positions. Single entries (self, previous, first visible
-key) are exp(q · k − lse) at the end. Only the entropy lse − Σ p s and the argmax touch every score.
+key) are exp(q · k − max) / total at the end. Only the entropy ln total − Σ p (s − max) and the argmax touch every
+score.
 """
 # mypy: ignore-errors
 
@@ -23,6 +24,7 @@ from headwater.kernels.gpu.blocks import (
     masked_block,
     product,
     product_onto,
+    sum_or_nan,
 )
 from headwater.kernels.gpu.launch import Config
 from headwater.kernels.gpu.program import Launch, can_describe, describe_heads, precision, upcast
@@ -79,16 +81,21 @@ def _step(
     # `largest` begins at −1e29 and hidden scores are −1e30: in a block that a row does not see, p is
     # 2^(−huge) = 0, never e^(−inf + inf) = NaN.
     new = tl.maximum(largest, top)
-    # One fused multiply-add, rounded once, so that s = new gives exactly 2^0 = 1.
-    p = tl.exp2(tl.fma(s, factor, (-new * factor)[:, None]))
+    # One fused multiply-add, rounded once: the power of the largest score is 0 up to the rounding of its product.
+    power = tl.fma(s, factor, (-new * factor)[:, None])
+    p = tl.exp2(power)
     shrink = tl.exp2((largest - new) * factor)
+    if STATISTICS:
+        # Σ p log2 p with p = 2^power, whose powers all fall by one number when the maximum rises: with l it gives the
+        # entropy at the end, without a logarithm for each score, and it stays small whatever the scores are.
+        lowered = tl.where(total > 0, (largest - new) * factor * total, 0.0)
+        # 0 · (−inf) would be NaN; a NaN that this maximum drops is in p.
+        energy = (energy + lowered) * shrink + tl.sum(p * tl.maximum(power, LOWEST), 1)
     total = total * shrink + tl.sum(p, 1)
     values = load_block(v, b, n0, key_head, n_positions, svb, svt, svn, D, BLOCK_N, BLOCK_D, TMA)
     weights = p.to(values.dtype)
     acc = product_onto(acc * shrink[:, None], weights, values, PRECISION, UPCAST)
     if STATISTICS:
-        # Σ e^(s − m) s: with l it gives the entropy at the end, without a logarithm for each score.
-        energy = energy * shrink + tl.sum(p * s, 1)
         c = tl.arange(0, BLOCK_N)
         # The first key of the block's largest score. Blocks without a mask are taken before masked ones, which may
         # lie to their left, so that of equal scores in two blocks the lower position is kept.
@@ -120,12 +127,16 @@ def _probe(
     skb,
     skt,
     skn,
-    log_sum,
+    shift,
+    inverse,
     factor,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Return the probability of one key per row, the key at position `at`, 0 where it is not seen."""
+    """Return the probability of one key per row, the key at position `at`, 0 where it is not seen.
+
+    `inverse` is NaN in rows without a softmax, and so are their results.
+    """
     # One key for each row is no block, so this is a dot product of vectors in float32, of as many bytes as there
     # are rows.
     d = tl.arange(0, BLOCK_D)
@@ -136,8 +147,14 @@ def _probe(
         other=0.0,
     )
     s = tl.sum(queries.to(tl.float32) * keys.to(tl.float32), 1)
-    # p = 2^(factor · s − log2 Σ 2^(factor · s)): `log_sum` is of base 2.
-    return tl.where(seen, tl.exp2(tl.fma(s, factor, -log_sum)), 0.0)
+    # p = 2^(factor · s − shift) / l, where `shift` is factor · m.
+    return tl.where(seen, tl.exp2(tl.fma(s, factor, -shift)) * inverse, inverse * 0.0)
+
+
+@triton.jit
+def _at_least_zero(x):
+    """Return max(x, 0), NaN where x is NaN, which a maximum on a device would drop."""
+    return tl.where(x < 0.0, 0.0, x)
 
 
 @triton.jit
@@ -285,33 +302,36 @@ def statistics_kernel(
         )
 
     inside = t < n_positions
-    # Rows that see no key (padding) have l = 0: their z and statistics are 0, lse is −inf, argmax −1.
-    some = total > 0
-    safe = tl.where(some, total, 1.0)
-    inverse = tl.where(some, 1.0 / safe, 0.0)
+    # Rows that see no key (padding): their z and statistics are 0, lse is −inf, argmax −1.
+    empty = start > t
+    some = start <= t
+    safe = sum_or_nan(total, empty)
+    shift = largest * factor
+    inverse = 1.0 / safe
     # log2 Σ 2^(factor · s) = factor · m + log2 l.
-    log_sum = tl.where(some, largest * factor + tl.log2(safe), 0.0)
+    log_sum = shift + tl.log2(safe)
     d = tl.arange(0, BLOCK_D)
     # z is [B, T, N, D] and contiguous; int64 because B · T · N · D passes 2^31.
     place = (b.to(tl.int64) * n_positions + t) * n_head + head
     tl.store(
         z + place[:, None] * D + d[None, :],
-        (acc * inverse[:, None]).to(z.dtype.element_ty),
+        tl.where(empty[:, None], 0.0, acc * inverse[:, None]).to(z.dtype.element_ty),
         mask=inside[:, None] & (d < D)[None, :],
     )
     at = plane.to(tl.int64) * n_positions + t
     # ln 2 turns base 2 into nats.
-    tl.store(lse + at, tl.where(some, log_sum * 0.6931471805599453, -float("inf")), mask=inside)
+    tl.store(lse + at, tl.where(empty, -float("inf"), log_sum * 0.6931471805599453), mask=inside)
     if STATISTICS:
         # `row` is [6, B, N, T]: `step` is one statistic, `at` the place in it.
         step = n_planes.to(tl.int64) * n_positions
         seen = some & inside
-        # H = −Σ p ln p with p = 2^(factor · s − log_sum), so in bits H = log_sum − factor · Σ p s; rounding may
-        # leave a little less than 0 where one key has everything.
-        entropy = tl.maximum((log_sum - energy * inverse * factor) * 0.6931471805599453, 0.0)
+        # H = −Σ p ln p with p = 2^power / l, so in bits H = log2 l − Σ 2^power · power / l; rounding may leave a little
+        # less than 0 where one key has everything.
+        entropy = _at_least_zero((tl.log2(safe) - energy * inverse) * 0.6931471805599453)
         tl.store(row + at, tl.where(some, entropy, 0.0), mask=inside)
-        # max p = e^(m − m) / l = 1 / l.
-        tl.store(row + step + at, inverse, mask=inside)
+        # Not 1 / total: `shift` is rounded, so that the largest score lies up to half a unit of it beside it.
+        peak = tl.exp2(tl.fma(largest, factor, -shift)) * inverse
+        tl.store(row + step + at, tl.where(some, peak, 0.0), mask=inside)
         queries = load_block(q, b, m0, head, n_positions, sqb, sqt, sqn, D, BLOCK_M, BLOCK_D, TMA)
         sink = _probe(
             queries,
@@ -323,7 +343,8 @@ def statistics_kernel(
             skb,
             skt,
             skn,
-            log_sum,
+            shift,
+            inverse,
             factor,
             D,
             BLOCK_D,
@@ -333,10 +354,23 @@ def statistics_kernel(
         # The position comes as digits of base 256, which every type holds exactly.
         ones = _column(mass, 0)
         mean_key = _column(mass, 1) + 256.0 * _column(mass, 2) + 65536.0 * _column(mass, 3)
-        distance = t.to(tl.float32) - mean_key / tl.where(some, ones, 1.0)
-        tl.store(row + 3 * step + at, tl.where(some, tl.maximum(distance, 0.0), 0.0), mask=inside)
+        distance = _at_least_zero(t.to(tl.float32) - mean_key / tl.where(some, ones, 1.0))
+        tl.store(row + 3 * step + at, tl.where(some, distance, 0.0), mask=inside)
         own = _probe(
-            queries, key_rows, t, seen, b, key_head, skb, skt, skn, log_sum, factor, D, BLOCK_D
+            queries,
+            key_rows,
+            t,
+            seen,
+            b,
+            key_head,
+            skb,
+            skt,
+            skn,
+            shift,
+            inverse,
+            factor,
+            D,
+            BLOCK_D,
         )
         tl.store(row + 4 * step + at, own, mask=inside)
         previous = _probe(
@@ -349,18 +383,18 @@ def statistics_kernel(
             skb,
             skt,
             skn,
-            log_sum,
+            shift,
+            inverse,
             factor,
             D,
             BLOCK_D,
         )
         tl.store(row + 5 * step + at, previous, mask=inside)
-        tl.store(argmax + at, tl.where(some, best, -1), mask=inside)
-        # The first four columns are ours, the rest the caller's; what lies outside of theirs is masked.
+        tl.store(argmax + at, tl.where(some & (inverse > 0), best, -1), mask=inside)
         f = tl.arange(0, COLUMNS) - POSITION_COLUMNS
         tl.store(
             features + at[:, None] * n_features + f[None, :],
-            mass * inverse[:, None],
+            tl.where(empty[:, None], 0.0, mass * inverse[:, None]),
             mask=inside[:, None] & ((f >= 0) & (f < n_features))[None, :],
         )
 

@@ -25,7 +25,7 @@ def _reason_to_skip():
 
 
 @pytest.mark.skipif(_reason_to_skip() is not None, reason=str(_reason_to_skip()))
-@pytest.mark.parametrize("name", ["kernels_interpreted", "kernels_mutated"])
+@pytest.mark.parametrize("name", ["kernels_interpreted", "kernels_mutated", "kernels_not_finite"])
 def test_kernels_under_the_interpreter(name):
     cases = Path(__file__).with_name(f"{name}.py")
     done = subprocess.run(
