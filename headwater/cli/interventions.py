@@ -109,7 +109,9 @@ def _report(options: Namespace, request: Intervention, found: Sequence[Any]) -> 
 
     home = place_of(options.out or getattr(options, "run", None) or options.command.name)
     paths, aside = request.keep(home, found)
-    figures = _draw(options, found, home) if options.plot else []
+    figures: list[Path] = []
+    if options.plot:
+        figures = _draw(options, found, home)
     lines = [headline(dataset) for dataset in found]
     if options.json:
         print_json(
@@ -122,7 +124,7 @@ def _report(options: Namespace, request: Intervention, found: Sequence[Any]) -> 
     for dataset, path, figure in zip(found, paths, lines, strict=True):
         print(f"{dataset.attrs['analysis']}")
         for label, value in figure.items():
-            print(f"  {label:34} {value if isinstance(value, str) else _shown(value)}")
+            print(f"  {label:34} {_shown(value)}")
         print(f"  kept in {path}")
     for file in figures:
         print(f"drew {file}")
@@ -139,11 +141,20 @@ def _draw(options: Namespace, found: Sequence[Any], home: Place) -> list[Path]:
     return save_figures(draw([results]), Path(options.plot))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
+    """Write a figure, or several: four digits, and a dash where there is none."""
+    if isinstance(value, str):
+        return value
     values = value if isinstance(value, list) else [value]
-    return " ".join(
-        "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in values
-    )
+    return " ".join(map(_digits, values))
+
+
+def _digits(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 COMMANDS = (

@@ -33,14 +33,17 @@ class Line:
         A terminal that is too narrow for it gets the first of `shorter` texts that fits, and the last one cut.
         """
         now = time.perf_counter()
-        if not always and now - self._last < (REDRAW_SECONDS if self._terminal else PLAIN_SECONDS):
+        wait = REDRAW_SECONDS if self._terminal else PLAIN_SECONDS
+        if not always and now - self._last < wait:
             return
-        self._last, self._open = now, self._terminal
+        self._last = now
+        self._open = self._terminal
         if not self._terminal:
             self._write(f"{text}\n")
             return
         width = self._width()
         fitting = next((one for one in (text, *shorter) if len(one) <= width), [text, *shorter][-1])
+        # Back to the start of the line, and erase to its end: the text before may have been longer.
         self._write(f"\r\x1b[K{fitting[:width]}")
 
     def close(self) -> None:
@@ -58,10 +61,13 @@ class Line:
             self._stream = None
 
     def _width(self) -> int:
+        columns = 0
         try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns if self._stream else 0
+            if self._stream is not None:
+                columns = os.get_terminal_size(self._stream.fileno()).columns
         except (OSError, ValueError):
-            columns = 0
+            pass
+        # The last column stays free: terminals wrap when it is written, and the line could not be redrawn.
         return (columns or 80) - 1
 
 
@@ -97,6 +103,7 @@ class Reporter:
     def _rates(self, progress: Progress) -> list[str]:
         """Say how far it is, longest first: what narrow terminals lose last is the time that is left."""
         seconds = max(time.perf_counter() - progress.started, 1e-9)
+        # Blocks that were there before this process began took none of its time.
         left = seconds / max(progress.done - self._begun, 1) * (progress.n_blocks - progress.done)
         bar = f"{_bar(progress.done / progress.n_blocks)} "
         done = f"{progress.done:,}/{count(progress.n_blocks, 'block')}"
@@ -117,14 +124,18 @@ class ScanReporter:
     """An observer of the scans of an analysis."""
 
     def __init__(self, stream: TextIO | None, name: str) -> None:
-        self._line, self._name, self._begun = Line(stream), name, time.perf_counter()
+        self._line = Line(stream)
+        self._name = name
+        self._begun = time.perf_counter()
 
     def __call__(self, progress: ScanProgress) -> None:
         seconds = time.perf_counter() - self._begun
-        share = (progress.at - 1 + progress.done / max(progress.n_blocks, 1)) / max(
-            progress.passes, 1
-        )
-        passes = f" of pass {progress.at} of {progress.passes}" if progress.passes > 1 else ""
+        # Every pass reads all blocks, so passes count alike.
+        passes_done = progress.at - 1 + progress.done / max(progress.n_blocks, 1)
+        share = passes_done / max(progress.passes, 1)
+        passes = ""
+        if progress.passes > 1:
+            passes = f" of pass {progress.at} of {progress.passes}"
         done = f"{progress.done:,}/{count(progress.n_blocks, 'block')}{passes}"
         gone = f"  {_clock(seconds)} gone"
         shorter = (f"{done}, {self._name}{gone}", f"{done}{gone}")
@@ -139,13 +150,17 @@ class ByteReporter:
     """Count bytes from several threads."""
 
     def __init__(self, stream: TextIO | None, verb: str) -> None:
-        self._line, self._verb, self._lock = Line(stream), verb, threading.Lock()
-        self._total, self._begun = 0, time.perf_counter()
+        self._line = Line(stream)
+        self._verb = verb
+        self._lock = threading.Lock()
+        self._total = 0
+        self._begun = time.perf_counter()
 
     def __call__(self, n_bytes: int) -> None:
         with self._lock:
             self._total += n_bytes
             seconds = max(time.perf_counter() - self._begun, 1e-9)
+            # What takes a second or less needs no line, and its rate would be noise.
             if seconds > 1:
                 self._line.show(
                     f"{self._verb} {show_bytes(self._total)}, {show_bytes(self._total / seconds)}/s"
@@ -159,12 +174,16 @@ class ByteReporter:
 def _beginning(progress: Progress) -> str:
     if progress.done == progress.n_blocks:
         return f"nothing to do: {count(progress.n_blocks, 'block')} done already"
-    already = f", {progress.done:,} done already" if progress.done else ""
+    already = ""
+    if progress.done:
+        already = f", {progress.done:,} done already"
     return f"{count(progress.n_blocks, 'block')}{already}"
 
 
 def _also(progress: Progress) -> str:
-    return f"  {progress.workers}" if progress.workers else ""
+    if not progress.workers:
+        return ""
+    return f"  {progress.workers}"
 
 
 def _bar(share: float, width: int = 20) -> str:
@@ -175,4 +194,6 @@ def _bar(share: float, width: int = 20) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"

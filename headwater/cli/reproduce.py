@@ -7,7 +7,7 @@ import tempfile
 from argparse import Namespace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headwater.cli.command import DONE, FAILED, Command, Parser
 from headwater.cli.show import print_json
@@ -52,10 +52,11 @@ def run_reproduce(options: Namespace) -> int:
     if options.sequences < 1:
         raise ValueError(f"--sequences is {options.sequences}; expected a whole number from 1 on.")
     model = options.model or os.environ.get(VARIABLE) or "gpt2"
-    text = tuple(options.text) if options.text else (str(files("pydoc_data") / "topics.py"),)
+    # A text that every machine has: what Python's own help says.
+    text = options.text or [str(files("pydoc_data") / "topics.py")]
     with tempfile.TemporaryDirectory() as folder:
         rows = reproduce(
-            model, text, Path(options.out or folder), options.sequences, options.revision
+            model, tuple(text), Path(options.out or folder), options.sequences, options.revision
         )
     if options.json:
         print_json({"model": model, "text": text, "rows": [vars(row) for row in rows]})
@@ -67,11 +68,11 @@ def run_reproduce(options: Namespace) -> int:
 def _print_rows(rows: list[Row]) -> None:
     print(f"{'':70}{'published':>22}{'measured':>22}")
     for row in rows:
-        where = (
-            ""
-            if not row.place
-            else f", layer {row.place[0]}" + "".join(f" head {h}" for h in row.place[1:])
-        )
+        # A place is a layer, or a layer and a head.
+        where = ""
+        if row.place:
+            layer, *heads = row.place
+            where = f", layer {layer}" + "".join(f" head {head}" for head in heads)
         verdict = {None: "", True: "  agrees", False: "  DIFFERS"}[row.agrees]
         print(f"{row.title + where:70}{_show(row.published):>22}{_show(row.measured):>22}{verdict}")
     compared = [row for row in rows if row.agrees is not None]
@@ -83,12 +84,14 @@ def _print_rows(rows: list[Row]) -> None:
         print("nothing is published for a model of this size; this is what it measures")
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, list):
         return ",".join(map(str, value)) or "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 COMMANDS = (

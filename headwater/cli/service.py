@@ -5,17 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from headwater.cli.command import DONE, FAILED, Command, Parser
 from headwater.cli.show import print_json
 from headwater.extractor.units import show_bytes
+from headwater.service.documents import Json, JsonObject
 
 if TYPE_CHECKING:
+    from headwater.extractor.settings import Request
     from headwater.service.client import Client
 
-STRINGS = ("layers", "depths", "heads", "positions", "out", "run", "model")
+STRINGS = ("out", "run", "model")
+EXTRA = ("fastapi", "uvicorn", "pydantic", "starlette")
+ACTIVE = ("queued", "running")
+PATIENCE_SECONDS = 60
 SERVER = "http://127.0.0.1:8000"
 SERVE = """\
 Serve the runs under ROOT: their data, jobs that make and analyse them, and a page to look at them.
@@ -159,36 +165,34 @@ def run_serve(options: Namespace) -> int:
     try:
         from headwater.service.server import serve
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in (
-            "fastapi",
-            "uvicorn",
-            "pydantic",
-            "starlette",
-        ):
+        if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         raise ValueError(
             f"`headwater serve` needs {error.name}, which is not installed. Run `pip install fastapi uvicorn`."
         ) from error
     from headwater.service.settings import make_settings
 
-    memory = None if options.memory is None else int(options.memory * 1e9)
-    if memory is not None and memory <= 0:
-        raise ValueError(f"--memory is {options.memory}; expected a number of gigabytes above 0.")
-    serve(
-        make_settings(
-            options.root,
-            options.host,
-            options.port,
-            options.token_file,
-            options.ray,
-            options.models,
-            options.texts,
-            options.allow_host,
-            memory,
-            options.parallel,
-            options.state,
-        )
+    memory = None
+    if options.memory is not None:
+        memory = int(options.memory * 1e9)
+        if memory <= 0:
+            raise ValueError(
+                f"--memory is {options.memory}; expected a number of gigabytes above 0."
+            )
+    settings = make_settings(
+        root=options.root,
+        host=options.host,
+        port=options.port,
+        token_file=options.token_file,
+        ray=options.ray,
+        models=options.models,
+        texts=options.texts,
+        hosts=options.allow_host,
+        memory=memory,
+        parallel=options.parallel,
+        state=options.state,
     )
+    serve(settings)
     return DONE
 
 
@@ -198,19 +202,20 @@ def run_submit(options: Namespace) -> int:
     client = _client(options)
     for file in options.upload:
         _upload(client, file)
+    submission = {"kind": options.kind, "document": document}
+    if options.plan:
+        planned = client.post("/plan", submission)
+        _print(options, planned, f"{planned['run']}: {_price(planned['price'])}")
+        return DONE
+    # The clock from before the job, so that no change of it is missed.
     clock = client.get("/jobs?most=1")["clock"]
-    job = client.post(
-        "/plan" if options.plan else "/jobs", {"kind": options.kind, "document": document}
-    )
-    if options.wait and not options.plan:
+    job = client.post("/jobs", submission)
+    if options.wait:
         job = _wait(client, job, clock)
-    if options.json:
-        print_json(job)
-    elif options.plan:
-        print(f"{job['run']}: {_price(job['price'])}")
+        _print(options, job, _line(job))
     else:
-        print(_line(job) if options.wait else f"{_line(job)}. {_price(job['price'])}")
-    return FAILED if job.get("state") in ("failed", "cancelled") else DONE
+        _print(options, job, f"{_line(job)}. {_price(job['price'])}")
+    return FAILED if job["state"] in ("failed", "cancelled") else DONE
 
 
 def run_jobs(options: Namespace) -> int:
@@ -218,30 +223,29 @@ def run_jobs(options: Namespace) -> int:
     client = _client(options)
     if options.number is not None:
         found = client.get(f"/jobs/{options.number}")
-        if options.json:
-            print_json(found)
-            return DONE
-        print(_line(found))
+        _print(options, found, _line(found))
         return DONE
     jobs = client.get("/jobs")["jobs"]
-    if options.json:
-        print_json(jobs)
-    else:
-        print("\n".join(map(_line, jobs)) or "no jobs yet")
+    _print(options, jobs, "\n".join(map(_line, jobs)) or "no jobs yet")
     return DONE
 
 
 def run_cancel(options: Namespace) -> int:
     """Cancel a job."""
     job = _client(options).post(f"/jobs/{options.number}/cancel")
-    if options.json:
-        print_json(job)
-    else:
-        print(
-            _line(job)
-            + (": it ends now, what it finished is kept" if job["state"] == "running" else "")
-        )
+    ends = ""
+    if job["state"] == "running":
+        ends = ": it ends now, what it finished is kept"
+    _print(options, job, f"{_line(job)}{ends}")
     return DONE
+
+
+def _print(options: Namespace, answer: Json, text: str) -> None:
+    """Print the server's answer itself for --json, else the text that says it."""
+    if options.json:
+        print_json(answer)
+    else:
+        print(text)
 
 
 def _client(options: Namespace) -> Client:
@@ -250,10 +254,10 @@ def _client(options: Namespace) -> Client:
     return Client(options.server, options.token_file)
 
 
-def _read_settings(options: Namespace) -> dict[str, Any]:
+def _read_settings(options: Namespace) -> JsonObject:
     import tomllib
 
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     if options.config:
         try:
             values = tomllib.loads(Path(options.config).expanduser().read_text("utf-8"))
@@ -267,17 +271,34 @@ def _read_settings(options: Namespace) -> dict[str, Any]:
             raise ValueError(
                 f"{setting!r} is no setting; expected key=value, such as preset=patterns."
             )
-        values[name] = _value(name.replace("-", "_"), text)
+        values[name] = _value(options.kind, name.replace("-", "_"), text)
     return {name.replace("-", "_"): value for name, value in values.items()}
 
 
-def _value(name: str, text: str) -> Any:
-    """Read a value as a flag of the command line would be: numbers and switches by their look, lists by commas."""
-    if text in ("true", "false"):
+def _value(kind: str, name: str, text: str) -> Json:
+    """Read a value as the flag of the setting would be; one of no request by its look."""
+    from headwater.analysis.interventions.requests import REQUESTS
+    from headwater.extractor.request import RunConfig
+    from headwater.extractor.settings import options_of
+
+    requests: dict[str, type[Request]] = {"extract": RunConfig, **REQUESTS}
+    schema: Mapping[str, Json] = {}
+    if kind in requests:
+        schemas = {one.name: one.kind.schema for one in options_of(requests[kind])}
+        schema = schemas.get(name, {})
+    if text in ("true", "false") and schema.get("type", "boolean") == "boolean":
         return text == "true"
-    if name in ("text", "sites", "labels", "analyses"):
+    if text.isdecimal() and schema.get("type", "integer") in ("integer", "number"):
+        # A selection of indices is text, and may be one number; so may a name.
+        if "anyOf" not in schema and name not in STRINGS:
+            return int(text)
+    if name == "analyses" or (name != "edits" and _is_list_of_text(schema)):
         return text.split(",")
-    return int(text) if text.isdecimal() and name not in STRINGS else text
+    return text
+
+
+def _is_list_of_text(schema: Mapping[str, Json]) -> bool:
+    return {"type": "array", "items": {"type": "string"}} in schema.get("anyOf", ())
 
 
 def _upload(client: Client, file: str) -> None:
@@ -292,22 +313,24 @@ def _upload(client: Client, file: str) -> None:
     print(f"headwater: sent {sent['text']}, {show_bytes(sent['n_bytes'])}", file=sys.stderr)
 
 
-def _wait(client: Client, job: dict[str, Any], clock: int) -> dict[str, Any]:
+def _wait(client: Client, job: JsonObject, clock: int) -> JsonObject:
     """Follow a job to its end, also over a restart of the server."""
     from headwater.cli.progress import Line
 
     line = Line(sys.stderr)
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + PATIENCE_SECONDS
     try:
-        while job["state"] in ("queued", "running"):
+        while job["state"] in ACTIVE:
             try:
                 for changed in client.follow(clock):
-                    patience = time.monotonic() + 60
-                    if changed["id"] == job["id"]:
-                        job = changed
-                        line.show(_line(job), job["state"] not in ("queued", "running"))
-                        if job["state"] not in ("queued", "running"):
-                            return job
+                    patience = time.monotonic() + PATIENCE_SECONDS
+                    if changed["id"] != job["id"]:
+                        continue
+                    job = changed
+                    line.show(_line(job), always=job["state"] not in ACTIVE)
+                    if job["state"] not in ACTIVE:
+                        return job
+                # The stream of events ended before the job: ask once how it is, then follow again.
                 job = client.get(f"/jobs/{job['id']}")
             except (RuntimeError, OSError):
                 if time.monotonic() > patience:
@@ -318,17 +341,29 @@ def _wait(client: Client, job: dict[str, Any], clock: int) -> dict[str, Any]:
     return job
 
 
-def _line(job: dict[str, Any]) -> str:
-    p = job["progress"]
-    progress = f", {p['phase']} {p['done']:,}/{p['of']:,} {p['unit']}" if p.get("of") else ""
-    error = f": {job['error']}" if job["error"] else ""
-    return f"job {job['id']}: {job['kind']} {job['run']}, {job['state']}{progress}{error}"
+def _line(job: JsonObject) -> str:
+    """Say in one line what a job is, how far it is, and what went wrong."""
+    progress = job["progress"]
+    done = ""
+    if progress.get("of"):
+        amount = f"{progress['done']:,}/{progress['of']:,} {progress['unit']}"
+        done = f", {progress['phase']} {amount}"
+    error = ""
+    if job["error"]:
+        error = f": {job['error']}"
+    name = f"job {job['id']}: {job['kind']} {job['run']}"
+    return f"{name}, {job['state']}{done}{error}"
 
 
-def _price(price: dict[str, Any]) -> str:
-    parts = [f"writes {show_bytes(price['total_bytes'])}"] if "total_bytes" in price else []
-    parts += [f"reads {show_bytes(price['read_bytes'])}"] if "read_bytes" in price else []
-    return ", ".join([*parts, f"{show_bytes(price['host_bytes'])} of memory"])
+def _price(price: JsonObject) -> str:
+    """Say what a job will write, read and need."""
+    parts = []
+    if "total_bytes" in price:
+        parts.append(f"writes {show_bytes(price['total_bytes'])}")
+    if "read_bytes" in price:
+        parts.append(f"reads {show_bytes(price['read_bytes'])}")
+    parts.append(f"{show_bytes(price['host_bytes'])} of memory")
+    return ", ".join(parts)
 
 
 COMMANDS = (

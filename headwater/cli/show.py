@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from headwater.extractor.units import count, show_bytes
@@ -15,14 +16,16 @@ if TYPE_CHECKING:
 BOUNDS = {"compute": "compute", "link": "the link from the GPU", "disk": "the disk"}
 
 
-def text_lines(text: dict[str, Any]) -> list[str]:
+def text_lines(text: Mapping[str, Any]) -> list[str]:
     """Say what a reader should know of how a text became sequences; `text` is what the manifest keeps of it."""
     lines: list[str] = []
     packing = text.get("packing")
     documents = text.get("documents")
     if packing is not None:
-        kept = text["request"].get("special_tokens", "text")
-        became = "are ids" if kept == "ids" else "are spelled out as text"
+        # Runs that were made before there was --special-tokens spelled them out.
+        became = "are spelled out as text"
+        if text["request"].get("special_tokens") == "ids":
+            became = "are ids"
         lines.append(f"special tokens that stand in the text {became} (--special-tokens)")
     if packing is not None and documents and packing["mode"] == "document" and documents["cut"]:
         lines.append(
@@ -51,27 +54,27 @@ def print_plan(plan: Plan, free: int, memory: int) -> None:
         )
     for name, size in (("the rest", plan.text_bytes), ("total", plan.total_bytes)):
         print(f"  {name:15}{show_bytes(size):>9}{show_bytes(size / n_tokens):>9}/token")
-    room = "in an object store" if free >= ENDLESS else f"{show_bytes(free)} free"
+    room = f"{show_bytes(free)} free"
+    if free >= ENDLESS:
+        room = "in an object store"
     print(f"disk    {show_bytes(plan.total_bytes)} needed, {room}")
     print(f"memory  {show_bytes(plan.host_bytes)} needed, {show_bytes(memory)} available")
     for note in plan.notes:
         print(f"note: {note}")
     names, share = plan.heaviest()
     if len(plan.arrays) > 1:
-        print(
-            f"note: {', '.join(names)} {'takes' if len(names) == 1 else 'take'} {share:.0%} of the bytes"
-        )
+        verb = "takes" if len(names) == 1 else "take"
+        print(f"note: {', '.join(names)} {verb} {share:.0%} of the bytes")
     for line in text_lines(plan.text):
         print(f"note: {line}")
     if plan.certain_bytes < plan.total_bytes:
-        print(
-            f"note: bytes are counted before --codec; {show_bytes(plan.total_bytes - plan.certain_bytes)} will shrink"
-            + (
-                ", and must, to fit on the disk"
-                if plan.total_bytes > free >= plan.certain_bytes
-                else ""
-            )
-        )
+        # How far a codec shrinks values is known only once they are there: the plan counts them raw, and is refused
+        # only where even what cannot shrink does not fit.
+        shrinking = show_bytes(plan.total_bytes - plan.certain_bytes)
+        must = ""
+        if plan.total_bytes > free >= plan.certain_bytes:
+            must = ", and must, to fit on the disk"
+        print(f"note: bytes are counted before --codec; {shrinking} will shrink{must}")
     if any(spec.dtype == "float16" and spec.name in ("resid", "resid_mid") for spec in plan.arrays):
         print(
             "note: float16 has steps of 2 between 2048 and 4096, where massive activations lie; --dtype resid=float32 "
@@ -93,6 +96,7 @@ def print_projection(projection: Projection, names: list[str]) -> None:
         for name, rate in p.rates.items()
     )
     print(f"        from {rests}; --assume states others")
+    # A square site writes a row of keys for every query, so it often waits for the link or the disk.
     slowest = p.tokens_per_second[p.bound]
     compute = p.tokens_per_second["compute"]
     if p.statistics is not None and p.bound != "compute" and slowest < compute / 2:
@@ -107,6 +111,7 @@ def print_bottleneck(seconds: dict[str, float]) -> None:
     """Print which part of a run was busiest, and how busy the others were beside it."""
     from headwater.extractor.limits import bottleneck
 
+    # Computing and writing overlap: a run takes about as long as the busier of them, not their sum.
     name, busy = bottleneck(seconds)
     others = ", ".join(
         f"{other} {value / max(busy[name], 1e-9):.0%}"
@@ -120,11 +125,14 @@ def print_bottleneck(seconds: dict[str, float]) -> None:
 
 def array_line(spec: ArraySpec, size: int, more: str = "") -> str:
     """Describe an array in one line: name, bytes, `more`, stored type and codec, dimensions."""
-    dims = ", ".join(f"{dim} {n}" for dim, n in zip(spec.dims, spec.shape, strict=True))
-    codec = "" if spec.codec == "none" else f" {spec.codec}"
-    return f"  {spec.name:15}{show_bytes(size):>9}{more}  {spec.dtype + codec:8}  ({dims})"
+    sizes = [f"{dim} {n}" for dim, n in zip(spec.dims, spec.shape, strict=True)]
+    stored = spec.dtype
+    if spec.codec != "none":
+        stored += f" {spec.codec}"
+    name_and_bytes = f"  {spec.name:15}{show_bytes(size):>9}"
+    return f"{name_and_bytes}{more}  {stored:8}  ({', '.join(sizes)})"
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a value as JSON."""
     print(json.dumps(value, indent=2, allow_nan=False))

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from headwater.service.documents import JsonObject
 from headwater.service.places import NotHereError, inside, public
 from headwater.service.settings import Settings
 from headwater.store.entry import Entry, LedgerError
@@ -81,7 +82,7 @@ class Catalog:
         self._runs: dict[str, Opened] = {}
         self._read: dict[str, None] = {}
         self._lock = threading.Lock()
-        self._damage: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._damage: dict[str, tuple[int, JsonObject]] = {}
         self._to_check: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._waiting: set[str] = set()
         threading.Thread(target=self._check, daemon=True, name="quick checks").start()
@@ -101,7 +102,7 @@ class Catalog:
             elif deeper and not (folder / name / "zarr.json").is_file():
                 yield from self._walk(folder / name, f"{above}{name}/")
 
-    def summaries(self) -> list[dict[str, Any]]:
+    def summaries(self) -> list[JsonObject]:
         """Describe every run in a few values."""
         return self.root.each(self.summary, self.names())
 
@@ -138,7 +139,7 @@ class Catalog:
                 self._runs[name] = known = new
         return known
 
-    def summary(self, name: str) -> dict[str, Any]:
+    def summary(self, name: str) -> JsonObject:
         """Describe a run in a few values; one that cannot be read says why."""
         try:
             opened = self._open(name)
@@ -170,7 +171,7 @@ class Catalog:
             "damage": self.damage(name, counts["committed"], done),
         }
 
-    def describe(self, name: str) -> dict[str, Any]:
+    def describe(self, name: str) -> JsonObject:
         """Describe a run with its arrays, its provenance and the results of its analyses."""
         run = self.open(name)
         m = run.manifest
@@ -209,7 +210,7 @@ class Catalog:
         """List the saved results of a run."""
         return groups_in(inside(self.root, f"{name}.analysis"))
 
-    def damage(self, name: str, committed: int, done: bool) -> dict[str, Any] | None:
+    def damage(self, name: str, committed: int, done: bool) -> JsonObject | None:
         """Return what the last check found, None before the first; order a quick check where blocks came since.
 
         In an object store, where every file costs requests, a run is checked when it is done.
@@ -222,7 +223,7 @@ class Catalog:
             self._to_check.put(name)
         return found or None
 
-    def set_damage(self, name: str, found: dict[str, Any]) -> None:
+    def set_damage(self, name: str, found: JsonObject) -> None:
         """Note what a whole check of a run found."""
         self._damage[name] = (self._damage.get(name, (-1, {}))[0], found)
 

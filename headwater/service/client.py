@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from headwater.service.documents import JsonObject
+
 SECONDS = 200.0
 
 
@@ -54,7 +56,7 @@ class Client:
         """Send bytes; return the answer's JSON."""
         return self._ask("PUT", path, data, "application/octet-stream")
 
-    def follow(self, since: int) -> Iterator[dict[str, Any]]:
+    def follow(self, since: int) -> Iterator[JsonObject]:
         """Yield jobs as they change, from the state of `since` on; ends when the connection does."""
         with self._open("GET", f"/events?since={since}") as answer:
             for line in answer:

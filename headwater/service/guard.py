@@ -10,13 +10,13 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from itertools import pairwise
-from typing import Any
 
 from headwater.service.connections import Connections, Patience
+from headwater.service.documents import Json
 from headwater.service.settings import Settings, allowed_hosts
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Json]
+Message = MutableMapping[str, Json]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]

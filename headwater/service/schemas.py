@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from headwater.analysis.interventions.requests import REQUESTS
 from headwater.extractor.request import RunConfig
 from headwater.extractor.settings import Request, request_schema
+from headwater.service.documents import JsonObject
 from headwater.service.jobs.analysis_options import analyze_schema
 
 
@@ -26,7 +27,7 @@ class Submission(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: Annotated[str, Field(max_length=50)] = "extract"
-    document: dict[str, Any] | str
+    document: JsonObject | str
 
 
 class Login(BaseModel):
@@ -36,7 +37,7 @@ class Login(BaseModel):
     token: Annotated[str, Field(max_length=1000)]
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERRORS: dict[int | str, JsonObject] = {
     code: {
         "description": text,
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
 
 from headwater.analysis.interventions.requests import REQUESTS, Ablate, make_request
 from headwater.extractor.edits.grammar import Edit
 from headwater.extractor.settings import EDITS, FILE, MODEL
+from headwater.service.documents import Json, JsonObject
 
 TORCH_BYTES = 640 << 20
 
 
 def resolve_intervention(
     kind: str,
-    document: Mapping[str, Any],
+    document: Mapping[str, Json],
     run: str,
-    made_from: Mapping[str, Any],
+    made_from: Mapping[str, Json],
     place: Callable[[str, str, str], str],
     edit: Callable[[Edit], Edit],
-) -> dict[str, Any]:
+) -> JsonObject:
     """Return a job as its worker takes it: the run that results are kept beside, and the request as JSON.
 
     `run` is that run's place, and `made_from` its model in the settings of a request. `place` checks what a setting
@@ -35,7 +35,7 @@ def resolve_intervention(
     if settings.get("model") is None:
         settings = {**made_from, **settings, "model": made_from["model"]}
     request = make_request(kind, settings)
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for name, names in known.items():
         value = getattr(request, name)
         if not value or names not in (FILE, MODEL, EDITS):
@@ -46,7 +46,7 @@ def resolve_intervention(
     return {"run": run, "request": replace(request, **found).to_json()}
 
 
-def plan_intervention(kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def plan_intervention(kind: str, document: Mapping[str, Json]) -> JsonObject:
     """Price a request: the memory of its model, with room for activations and gradients. Its time is not known."""
     from math import prod
 
@@ -61,7 +61,7 @@ def plan_intervention(kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
     return {"host_bytes": TORCH_BYTES + 4 * 4 * n_weights}
 
 
-def run_intervention(kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def run_intervention(kind: str, document: Mapping[str, Json]) -> JsonObject:
     """Run a request and keep its results beside the run; return their figures by analysis."""
     from headwater.analysis.interventions.figures import headline
     from headwater.store.place import place_of

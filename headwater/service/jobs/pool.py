@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headwater.service.jobs.table import read_json
+from headwater.service.documents import JsonObject, read_json
 
 IDLE_SECONDS = 300.0
 
@@ -62,8 +62,8 @@ class WorkerProcess:
 
     def call(
         self,
-        request: dict[str, Any],
-        progress: Callable[[dict[str, Any]], None],
+        request: JsonObject,
+        progress: Callable[[JsonObject], None],
         seconds: float | None,
     ) -> Outcome:
         """Send a request with its `id` and wait for its end; after `seconds` the process is killed."""
@@ -115,7 +115,7 @@ class WorkerProcess:
             self._process.wait()
         self._process.stdout.close()
 
-    def _send(self, request: dict[str, Any]) -> None:
+    def _send(self, request: JsonObject) -> None:
         assert self._process.stdin is not None
         with self._write:
             self._process.stdin.write(json.dumps(request) + "\n")

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from headwater.extractor.edits.places import switch_calls_off
 from headwater.extractor.model import places as model_places
+from headwater.service.documents import JsonObject
 from headwater.service.jobs import tasks
 
 LOCK_SECONDS = 60.0
@@ -38,7 +39,7 @@ class Channel:
             self._stream.write(json.dumps({kind: value}) + "\n")
             self._stream.flush()
 
-    def progress(self, value: dict[str, Any], always: bool = False) -> None:
+    def progress(self, value: JsonObject, always: bool = False) -> None:
         """Send progress, ten times a second at most."""
         now = time.monotonic()
         if always or now - self._last >= PROGRESS_SECONDS:
@@ -50,7 +51,7 @@ class Requests:
     """Requests from standard input, read by a thread so that its end and a cancellation are seen at once."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self.waiting = stream, queue.SimpleQueue[dict[str, Any]]()
+        self._stream, self.waiting = stream, queue.SimpleQueue[JsonObject]()
         self._current: int | None = None
         self._cancelled: set[int] = set()
         signal.signal(signal.SIGINT, self._interrupt)
@@ -101,7 +102,7 @@ def main() -> int:
         channel.send(kind, value)
 
 
-def _answer(request: dict[str, Any], channel: Channel, requests: Requests) -> tuple[str, Any]:
+def _answer(request: JsonObject, channel: Channel, requests: Requests) -> tuple[str, Any]:
     """Do what a request asks; return how it ended."""
     try:
         requests.begin(request["id"])
@@ -129,7 +130,7 @@ def explain(error: BaseException) -> str:
     return in_words(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
 
-def _when_free(function: tasks.Task, document: dict[str, Any], channel: Channel) -> Any:
+def _when_free(function: tasks.Task, document: JsonObject, channel: Channel) -> Any:
     """Run a task, waiting a while where the worker of a server that was killed still holds the run."""
     from headwater.store.lock import LockedError
 

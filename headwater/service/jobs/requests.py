@@ -19,6 +19,7 @@ from headwater.extractor.edits.places import is_prompt
 from headwater.extractor.request import RunConfig
 from headwater.extractor.settings import EDITS, FILE, MODEL, PLACE, PLAIN, Option, options_of
 from headwater.extractor.sites import RequestError
+from headwater.service.documents import Json, JsonObject
 from headwater.service.jobs.analysis_options import read_options
 from headwater.service.jobs.interventions import resolve_intervention
 from headwater.service.places import DeniedError, NotHereError, inside, out_path, read_path, shown
@@ -30,7 +31,7 @@ HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 MOST_WORKERS = 64
 
 
-def read_document(document: Mapping[str, Any] | str) -> dict[str, Any]:
+def read_document(document: Mapping[str, Json] | str) -> JsonObject:
     """Return the settings of a document, which may be the text of a TOML file; `seq-len` is the same as `seq_len`."""
     if isinstance(document, str):
         try:
@@ -44,20 +45,20 @@ def read_document(document: Mapping[str, Any] | str) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in document.items()}
 
 
-def resolve(settings: Settings, kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def resolve(settings: Settings, kind: str, document: Mapping[str, Json]) -> JsonObject:
     """Return a document with its paths resolved, as a worker runs it; raise ValueError for what may not be."""
     if kind not in KINDS:
         raise RequestError(f"there is no job {kind!r}; expected one of {', '.join(KINDS)}.")
     return KINDS[kind](settings, dict(document))
 
 
-def run_name(settings: Settings, kind: str, resolved: Mapping[str, Any]) -> str:
+def run_name(settings: Settings, kind: str, resolved: Mapping[str, Json]) -> str:
     """Return the name of the run that a job writes or reads."""
     place: str = resolved["out"] if kind == "extract" else resolved["run"]
     return place.removeprefix(f"{settings.root}/")
 
 
-def _extract(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+def _extract(settings: Settings, document: JsonObject) -> JsonObject:
     resolved = {name: value for name, value in document.items() if value is not None}
     options = options_of(RunConfig)
     for one in options:
@@ -105,7 +106,7 @@ def _file(settings: Settings, name: Any, setting: str) -> str:
     return _inside_only(read_path(settings, name, setting, settings.texts), settings)
 
 
-def _analyze(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+def _analyze(settings: Settings, document: JsonObject) -> JsonObject:
     _only(document, ["run", "analyses", "partial", "again", "options"], "analyze")
     names = document.get("analyses") or []
     names = [names] if isinstance(names, str) else names
@@ -123,7 +124,7 @@ def _analyze(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _verify(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+def _verify(settings: Settings, document: JsonObject) -> JsonObject:
     _only(document, ["run", "quick", "repair"], "verify")
     return {
         "run": _run(settings, document),
@@ -132,7 +133,7 @@ def _verify(settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _intervention(kind: str, settings: Settings, document: dict[str, Any]) -> dict[str, Any]:
+def _intervention(kind: str, settings: Settings, document: JsonObject) -> JsonObject:
     def place(name: str, setting: str, what: str) -> str:
         if what == MODEL:
             return _model(settings, name, setting)
@@ -150,7 +151,7 @@ def _intervention(kind: str, settings: Settings, document: dict[str, Any]) -> di
     )
 
 
-KINDS: dict[str, Callable[[Settings, dict[str, Any]], dict[str, Any]]] = {
+KINDS: dict[str, Callable[[Settings, JsonObject], JsonObject]] = {
     "extract": _extract,
     "analyze": _analyze,
     "verify": _verify,
@@ -158,7 +159,7 @@ KINDS: dict[str, Callable[[Settings, dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _run(settings: Settings, document: Mapping[str, Any]) -> str:
+def _run(settings: Settings, document: Mapping[str, Json]) -> str:
     name = document.get("run")
     if not isinstance(name, str) or not name:
         raise RequestError("run is missing; name one of the server's runs.")
@@ -198,7 +199,7 @@ def _edit(settings: Settings, edit: Edit) -> Edit:
     )
 
 
-def _switch(document: Mapping[str, Any], name: str) -> bool:
+def _switch(document: Mapping[str, Json], name: str) -> bool:
     value = document.get(name, False)
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {shown(value)}; expected true or false.")
@@ -231,7 +232,7 @@ def _inside_only(path: str, settings: Settings, folders: tuple[Path, ...] | None
     return path
 
 
-def _only(document: Mapping[str, Any], known: list[str], kind: str) -> None:
+def _only(document: Mapping[str, Json], known: list[str], kind: str) -> None:
     for name in document:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

@@ -7,12 +7,12 @@ import sqlite3
 import threading
 import traceback
 from collections.abc import Mapping
-from typing import Any
 
 from headwater.extractor.sites import RequestError
 from headwater.extractor.units import show_bytes
 from headwater.service.catalog import Catalog
 from headwater.service.connections import BusyError
+from headwater.service.documents import Json, JsonObject
 from headwater.service.jobs.pool import EndingError, Outcome, WorkerProcess, Workers
 from headwater.service.jobs.requests import resolve, run_name
 from headwater.service.jobs.table import CANCELLED, DONE, FAILED, Job, JobQueue
@@ -53,7 +53,7 @@ class Executor:
         self.workers.close()
         self._thread.join(5)
 
-    def plan(self, kind: str, document: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    def plan(self, kind: str, document: Mapping[str, Json]) -> tuple[str, JsonObject]:
         """Return the run that a job is about, and its price; raise ValueError for a job that cannot be done."""
         resolved = resolve(self.settings, kind, document)
         if not self._planning.acquire(timeout=PLAN_WAIT_SECONDS):
@@ -69,7 +69,7 @@ class Executor:
             self._planning.release()
         if outcome.kind != "done":
             raise RequestError(public(str(outcome.value), self.settings.root))
-        price: dict[str, Any] = outcome.value
+        price: JsonObject = outcome.value
         if price["host_bytes"] > self.settings.memory:
             raise RequestError(
                 f"this job needs {show_bytes(price['host_bytes'])} of memory, but the server gives all jobs together "
@@ -78,7 +78,7 @@ class Executor:
         return run_name(self.settings, kind, resolved), price
 
     def submit(
-        self, kind: str, document: Mapping[str, Any], run: str, price: Mapping[str, Any]
+        self, kind: str, document: Mapping[str, Json], run: str, price: Mapping[str, Json]
     ) -> tuple[Job, bool]:
         """Put a planned job into the queue; return it and whether it is new."""
         if len(self.jobs.waiting()) >= self.settings.limits.queued:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headwater.service.documents import Json, JsonObject, read_json
 from headwater.service.places import NotHereError
 
 QUEUED = "queued"
@@ -41,11 +42,11 @@ class Job:
 
     id: int
     kind: str
-    document: dict[str, Any]
+    document: JsonObject
     run: str
     state: str
-    price: dict[str, Any]
-    progress: dict[str, Any]
+    price: JsonObject
+    progress: JsonObject
     result: Any
     error: str | None
     created: float
@@ -54,7 +55,7 @@ class Job:
     starts: int
     cancel: int = field(default=0)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         return asdict(self)
 
 
@@ -71,8 +72,8 @@ class JobQueue:
         self._db.executescript(SCHEMA)
         self._clock = int(time.time() * 1000)
         self._changed: dict[int, int] = {}
-        self._live: dict[int, dict[str, Any]] = {}
-        self._unsaved: dict[int, dict[str, Any]] = {}
+        self._live: dict[int, JsonObject] = {}
+        self._unsaved: dict[int, JsonObject] = {}
 
     def close(self) -> None:
         """Close the file."""
@@ -87,7 +88,7 @@ class JobQueue:
         return len(running)
 
     def add(
-        self, kind: str, document: Mapping[str, Any], run: str, price: Mapping[str, Any]
+        self, kind: str, document: Mapping[str, Json], run: str, price: Mapping[str, Json]
     ) -> tuple[Job, bool]:
         """Accept a job; where the same one is waiting or running, return that one and False."""
         text = json.dumps(document, sort_keys=True)
@@ -191,7 +192,7 @@ class JobQueue:
             return
         del self._unsaved[number]
 
-    def show(self, number: int, progress: dict[str, Any]) -> None:
+    def show(self, number: int, progress: JsonObject) -> None:
         """Keep the progress of a running job, for whoever looks."""
         with self._lock:
             self._live[number] = progress
@@ -227,8 +228,3 @@ class JobQueue:
             raw[name] = None if raw[name] is None else read_json(raw[name])
         raw["progress"] = self._live.get(raw["id"], raw["progress"])
         return Job(**raw)
-
-
-def read_json(text: str) -> Any:
-    """Read JSON; NaN and infinities, which Python writes and no browser reads, become null."""
-    return json.loads(text, parse_constant=lambda _: None)

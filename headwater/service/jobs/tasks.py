@@ -7,13 +7,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from headwater.analysis.interventions.requests import REQUESTS
+from headwater.service.documents import JsonObject
 from headwater.service.jobs.interventions import plan_intervention, run_intervention
 from headwater.store.ledger import Damage
 
 if TYPE_CHECKING:
     from headwater.store.reader import Run
 
-Document = dict[str, Any]
+Document = JsonObject
 Progress = Callable[..., None]
 Task = Callable[[Document, Progress], Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import fastapi
 from anyio import CapacityLimiter
@@ -16,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from headwater.service.connections import Budget
 from headwater.service.data import slices
 from headwater.service.data.texts import Upload
+from headwater.service.documents import JsonObject
 from headwater.service.jobs.requests import read_document
 from headwater.service.jobs.scheduler import Executor
 from headwater.service.jobs.table import JobQueue
@@ -31,7 +32,7 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
     uploads = Budget(settings.limits.uploads, "too many texts are being sent.")
     waiting = CapacityLimiter(PLANS)  # apart from the threads that read, since planning takes long
 
-    def read(submission: Submission) -> dict[str, Any]:
+    def read(submission: Submission) -> JsonObject:
         document = read_document(submission.document)
         n_bytes = len(json.dumps(document))
         if n_bytes > settings.limits.document_bytes:
@@ -41,11 +42,11 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
             )
         return document
 
-    async def price_of(kind: str, document: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    async def price_of(kind: str, document: JsonObject) -> tuple[str, JsonObject]:
         return await run_sync(executor.plan, kind, document, limiter=waiting)
 
     @app.post("/plan")
-    async def plan_job(submission: Submission) -> dict[str, Any]:
+    async def plan_job(submission: Submission) -> JsonObject:
         """Say what a job would cost; nothing is queued."""
         run, price = await price_of(submission.kind, await run_sync(read, submission))
         return {"kind": submission.kind, "run": run, "price": price}
@@ -55,7 +56,7 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         status_code=201,
         responses={200: {"description": "the same job waits or runs already"}},
     )
-    async def submit_job(submission: Submission, response: Response) -> dict[str, Any]:
+    async def submit_job(submission: Submission, response: Response) -> JsonObject:
         """Plan a job, and queue it; the same one that waits or runs already is returned instead of a second."""
         document = await run_sync(read, submission)
         run, price = await price_of(submission.kind, document)
@@ -68,7 +69,7 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         state: Literal["queued", "running", "done", "failed", "cancelled"] | None = None,
         before: Annotated[int | None, Query(ge=1, le=2**62)] = None,
         most: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """List jobs, the newest first."""
         states = () if state is None else (state,)
         return {
@@ -77,12 +78,12 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         }
 
     @app.get("/jobs/{number}")
-    def read_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> dict[str, Any]:
+    def read_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> JsonObject:
         """Return a job."""
         return jobs.get(number).to_json()
 
     @app.post("/jobs/{number}/cancel")
-    def cancel_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> dict[str, Any]:
+    def cancel_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> JsonObject:
         """End a job; the run that it was making can be resumed by submitting the same job again."""
         return executor.cancel(number).to_json()
 
@@ -100,7 +101,7 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
     )
     async def upload_text(
         name: Annotated[str, fastapi.Path(max_length=101)], request: Request
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Keep a text for jobs, as texts/NAME; a file of that name must not be there."""
         with uploads.hold(1):
             upload = await asyncio.to_thread(Upload, settings.local, name)

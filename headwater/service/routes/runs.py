@@ -15,6 +15,7 @@ from headwater.service.connections import Budget
 from headwater.service.data import figures, slices
 from headwater.service.data.results import read_result
 from headwater.service.data.zarr_files import file_response, zarr_file
+from headwater.service.documents import JsonObject
 from headwater.service.places import shown
 from headwater.service.settings import Settings
 
@@ -64,12 +65,12 @@ def add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
     flight = Budget(settings.limits.flight_bytes, "other slices wait for their readers.")
 
     @app.get("/runs")
-    def list_runs() -> dict[str, Any]:
+    def list_runs() -> JsonObject:
         """List the runs under the root, with progress and what is known of damage."""
         return {"runs": catalog.summaries()}
 
     @app.get("/runs/{name:path}/about")
-    def describe_run(name: Name) -> dict[str, Any]:
+    def describe_run(name: Name) -> JsonObject:
         """Describe a run: arrays, coordinates, provenance, results."""
         return catalog.describe(name)
 
