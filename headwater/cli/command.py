@@ -68,6 +68,7 @@ def number(text: str) -> int | str:
 
 
 def _add(parser: Parser, option: Option) -> None:
+    # Nothing is checked here, and no default is set: the request does both, alike for Python, TOML and jobs.
     part = part_of(parser, option.part)
     kind = option.kind
     if kind.schema.get("type") == "boolean":

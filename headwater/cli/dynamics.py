@@ -49,6 +49,7 @@ def run_dynamics(options: Namespace) -> int:
 
     if options.out is not None and Path(options.out).exists():
         raise ValueError(f"--out {options.out} exists already. Name another place, or remove it.")
+    # What is not given is left to the defaults of RunConfig, which every checkpoint's run is made with.
     settings = {name: value for name in TEXT if (value := getattr(options, name)) is not None}
     found = dynamics(name_steps(options.checkpoints), options.runs, **settings)
     if options.out is not None:
@@ -72,6 +73,7 @@ def run_dynamics(options: Namespace) -> int:
 
 def _row(one: Any) -> dict[str, Any]:
     """Return the headline figures of one step."""
+    # Queries of the second half alone: the first ones see few keys, so their share of the first is large in any model.
     share = one.first_token_share.sel(query_set="second_half")
     at = one.isel(depth=int(abs(one.largest).argmax("depth")))
     return {

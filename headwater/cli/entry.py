@@ -28,12 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settle_threads()
     try:
         with _termination():
-            code = _run(list(sys.argv[1:] if arguments is None else arguments))
+            if arguments is None:
+                arguments = sys.argv[1:]
+            code = _run(list(arguments))
             _flush()
             return code
     except KeyboardInterrupt as stop:
         _hush()
         return _say(f"interrupted. {stop}", INTERRUPTED)
+    # RequestError and RunError are ValueErrors: something about the request is wrong, and nothing was touched.
     except ValueError as error:
         return _say(f"error: {error}", REFUSED)
     except Exception as error:
@@ -69,7 +72,9 @@ def explain(error: Exception) -> str:
     if isinstance(error, RuntimeError) and text:
         return text
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    where = ""
+    if frames:
+        where = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}"
     return (
         f"unexpected {type(error).__name__}{where}: {text}. This is a fault in Headwater; what was written before is "
         "kept. Run the command again with HEADWATER_DEBUG=1 set, and report what it prints."
@@ -90,6 +95,7 @@ def _run(arguments: list[str]) -> int:
 @contextmanager
 def _termination() -> Iterator[None]:
     """Let SIGTERM interrupt like Ctrl-C."""
+    # Only the main thread may set signals; a test or a notebook can call this from another.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,6 +119,7 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
     except OSError as error:
+        # Python flushes once more when it ends, and would print a second error then.
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)

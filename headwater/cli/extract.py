@@ -115,6 +115,7 @@ def run_plan(options: Namespace) -> int:
     config = read_config(options, out=NOWHERE)
     out = place_of(config.out)
     stated = read_rates(options.assume) if options.assume else {}
+    # Without --out a plan stands for a run in a directory here that nobody makes.
     if config.out != NOWHERE:
         check_target(out)
     plan = plan_run(config)

@@ -62,10 +62,12 @@ def run_project(options: Namespace) -> int:
     from headwater.cli.progress import ScanReporter
     from headwater.store.reader import open_run
 
+    # Directions of another run of the same model make two runs comparable: the same axes for both.
     run = open_run(options.run)
     home = open_run(options.directions or options.run)
     wanted: dict[str, Any] = {"site": options.site}
-    if options.k > SvdAnalysis().k:  # the usual result holds fewer directions too
+    # The usual result holds fewer directions too, so it is computed anew only for more than it has.
+    if options.k > SvdAnalysis().k:
         wanted["k"] = options.k
     if options.at is not None:
         wanted["at"] = options.at

@@ -56,6 +56,7 @@ def run_status(options: Namespace) -> int:
     run = open_run(options.run)
     entries: list[Entry] = []
     damaged: list[Damage] = []
+    # A run with damage is still described: what can be read of it is what one wants to know then.
     for found in run.ledger.examine():
         if isinstance(found, Damage):
             damaged.append(found)
@@ -97,6 +98,7 @@ def _status_json(
 def _print_status(name: str, run: Run, entries: Sequence[Entry], damaged: Sequence[Damage]) -> None:
     from headwater.extractor.cluster.members import straggler
 
+    # Bytes and tokens are of what was committed; what is half written does not count.
     n_blocks = run.manifest.n_blocks
     state = f"go on with `headwater extract --out {name}`"
     if len(entries) == n_blocks:
@@ -149,6 +151,7 @@ def _print_workers(entries: Sequence[Entry]) -> None:
     workers = by_worker(entries)
     if len(workers) < 2:
         return
+    # The run ends when its slowest worker does, so those are shown.
     slowest = sorted(workers.items(), key=lambda item: item[1]["tokens_per_second"])
     for name, worker in slowest[:SHOWN_WORKERS]:
         blocks = count(int(worker["blocks"]), "block")
@@ -175,6 +178,7 @@ def run_info(options: Namespace) -> int:
     _print_mixed(run)
     for spec in manifest.arrays:
         print(array_line(spec, spec.stored_bytes(manifest.n_sequences)))
+    # xarray opens a directory itself; a store needs our reader and its credentials.
     if run.path.local is None:
         print("open it  import headwater")
         print(f"         run = headwater.open_run({str(run.path)!r}).to_xarray()")
@@ -235,7 +239,10 @@ def name_blocks(blocks: Sequence[int]) -> str:
     for numbers in ranges[:SHOWN_RANGES]:
         first = numbers[0]
         last = numbers[-1]
-        named.append(f"{first}" if first == last else f"{first} to {last}")
+        if first == last:
+            named.append(f"{first}")
+        else:
+            named.append(f"{first} to {last}")
     noun = "block" if len(blocks) == 1 else "blocks"
     more = ""
     if len(ranges) > SHOWN_RANGES:

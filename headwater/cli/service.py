@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 STRINGS = ("out", "run", "model")
 EXTRA = ("fastapi", "uvicorn", "pydantic", "starlette")
+NUMBERS = ("integer", "number")
 ACTIVE = ("queued", "running")
 PATIENCE_SECONDS = 60
 SERVER = "http://127.0.0.1:8000"
@@ -288,10 +289,10 @@ def _value(kind: str, name: str, text: str) -> Json:
         schema = schemas.get(name, {})
     if text in ("true", "false") and schema.get("type", "boolean") == "boolean":
         return text == "true"
-    if text.isdecimal() and schema.get("type", "integer") in ("integer", "number"):
-        # A selection of indices is text, and may be one number; so may a name.
-        if "anyOf" not in schema and name not in STRINGS:
-            return int(text)
+    # A selection of indices is text, and may be one number; so may a name.
+    is_text = "anyOf" in schema or name in STRINGS
+    if text.isdecimal() and not is_text and schema.get("type", "integer") in NUMBERS:
+        return int(text)
     if name == "analyses" or (name != "edits" and _is_list_of_text(schema)):
         return text.split(",")
     return text

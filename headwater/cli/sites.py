@@ -22,7 +22,9 @@ def add_sites(parser: Parser) -> None:
 
 def run_sites(options: Namespace) -> int:
     """List the sites, with their sizes for a model where one is named."""
-    sizes = _sizes(options.model) if options.model else {}
+    sizes: dict[str, int] = {}
+    if options.model:
+        sizes = _sizes(options.model)
     if options.json:
         print_json(_sites_json(sizes))
     else:
@@ -65,7 +67,7 @@ def _print_sites(sizes: dict[str, int]) -> None:
     from headwater.extractor.sites import PRESETS, SITES
 
     for site in SITES.values():
-        dims = ", ".join(f"{dim} {sizes[dim]}" if dim in sizes else dim for dim in site.dims)
+        dims = ", ".join(f"{dim} {sizes.get(dim, '')}".strip() for dim in site.dims)
         alias = ""
         if site.alias:
             alias = f"  {site.alias.format('L')}"

@@ -29,12 +29,14 @@ OPEN_RUNS = 32
 FEW_ENTRIES = 16
 SHOWN_PROBLEMS = 50
 CHECKS = 8
+STATES = {True: "complete", False: "unfinished"}
 
 
 @dataclass
 class Counted:
     """What the committed blocks hold together; entries are read once, since they never change."""
 
+    # By block: attempt, sequences, tokens, bytes.
     seen: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -42,20 +44,23 @@ class Counted:
         """Read the new entries; return blocks, sequences, tokens and bytes so far."""
         with self.lock:
             committed = run.ledger.committed()
+            # `verify --repair` takes blocks out; a block that is computed again has a later attempt.
             for block in self.seen.keys() - committed.keys():
                 del self.seen[block]
-            new = {
-                block
-                for block, attempt in committed.items()
-                if self.seen.get(block, (0,))[0] != attempt
-            }
+            new = set()
+            for block, attempt in committed.items():
+                seen = self.seen.get(block)
+                if seen is None or seen[0] != attempt:
+                    new.add(block)
             for e in _entries(run, new):
                 self.seen[e.block] = (committed[e.block], e.last - e.first, e.n_tokens, e.n_bytes)
-            totals = [
-                sum(values) for values in zip(*(v[1:] for v in self.seen.values()), strict=True)
-            ] or [0, 0, 0]
-            names = ("committed", "complete", "n_tokens", "n_bytes")
-            return dict(zip(names, (len(self.seen), *totals), strict=True))
+            counts = list(self.seen.values())
+            return {
+                "committed": len(counts),
+                "complete": sum(n_sequences for _, n_sequences, _, _ in counts),
+                "n_tokens": sum(n_tokens for _, _, n_tokens, _ in counts),
+                "n_bytes": sum(n_bytes for _, _, _, n_bytes in counts),
+            }
 
 
 def _entries(run: Run, blocks: set[int]) -> Iterator[Entry]:
@@ -78,10 +83,13 @@ class Catalog:
     """Find, open and describe the runs of a root. Open runs are kept, with their memory maps."""
 
     def __init__(self, settings: Settings) -> None:
-        self.root, self.limits = settings.root, settings.limits
+        self.root = settings.root
+        self.limits = settings.limits
         self._runs: dict[str, Opened] = {}
+        # The runs that were read, the last one last: a dict keeps the order.
         self._read: dict[str, None] = {}
         self._lock = threading.Lock()
+        # By run: how many blocks were committed at its last check, and what that found.
         self._damage: dict[str, tuple[int, JsonObject]] = {}
         self._to_check: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._waiting: set[str] = set()
@@ -93,9 +101,9 @@ class Catalog:
 
     def _walk(self, folder: Place, above: str) -> Iterator[str]:
         names = folder.folders()
-        for name, is_run in zip(
-            names, folder.each(lambda name: _is_run(folder / name), names), strict=True
-        ):
+        are_runs = folder.each(lambda name: _is_run(folder / name), names)
+        for name, is_run in zip(names, are_runs, strict=True):
+            # A Zarr group that is no run of ours is not walked: its arrays have a folder a chunk.
             deeper = above.count("/") + 1 < LISTED_DEPTH and not name.endswith(".analysis")
             if is_run:
                 yield above + name
@@ -117,6 +125,7 @@ class Catalog:
             self._read[name] = None
             for old in list(self._read)[:-OPEN_RUNS]:
                 del self._read[old]
+                # Opened anew it has no memory maps; whoever still reads the old one keeps them alive.
                 there = self._runs[old]
                 self._runs[old] = Opened(there.state, open_run(there.run.path), there.counted)
         return run
@@ -129,6 +138,7 @@ class Catalog:
             raise
         except OSError:
             raise NotHereError(f"there is no run {name!r} here.") from None
+        # A manifest is written once, so another state means another run under the same name.
         known = self._runs.get(name)
         if known is not None and known.state == state:
             return known
@@ -155,7 +165,7 @@ class Catalog:
         done = counts["committed"] >= m.n_blocks
         return {
             "name": name,
-            "state": "complete" if done else "unfinished",
+            "state": STATES[done],
             "model": m.model["name"].rpartition("/")[2],
             "n_layer": m.model["config"]["n_layer"],
             "n_head": m.model["config"]["n_head"],
@@ -188,6 +198,13 @@ class Catalog:
             }
             for s in m.arrays
         ]
+        coordinates = {
+            spec.axis: run.leads(spec.name) for spec in m.arrays if spec.axis is not None
+        }
+        heads = run.coordinate("head")
+        if heads is not None:
+            coordinates["head"] = heads.tolist()
+        # Where the server's texts lie is no concern of its clients.
         sources = [{**source, "path": source_name(source["path"])} for source in m.text["sources"]]
         return self.summary(name) | {
             "arrays": arrays,
@@ -198,8 +215,7 @@ class Catalog:
             "sources": sources,
             "packing": m.text["packing"],
             "text_digest": m.text["digest"],
-            "coordinates": {d: run.leads(s.name) for s in m.arrays if (d := s.axis) is not None}
-            | ({} if (heads := run.coordinate("head")) is None else {"head": heads.tolist()}),
+            "coordinates": coordinates,
             "labels": [label for label in run.path.folders() if label.startswith("label_")],
             "tokenizer": "tokenizer.json" in m.statics,
             "analyses": self.analyses(name),
@@ -234,10 +250,13 @@ class Catalog:
             self._waiting.discard(name)
             try:
                 run = self.open(name)
-                report = verify(run, quick=True, workers=1 if self.root.remote is None else CHECKS)
-                problems = [
-                    {"path": p.path, "what": public(p.what, self.root)} for p in report.problems
-                ]
+                # Files on this machine take no longer one by one; a store answers many requests at once.
+                workers = 1 if self.root.remote is None else CHECKS
+                report = verify(run, quick=True, workers=workers)
+                problems = []
+                for problem in report.problems:
+                    what = public(problem.what, self.root)
+                    problems.append({"path": problem.path, "what": what})
                 found = {
                     "checked": "lengths and indexes",
                     "n_problems": len(problems),
@@ -245,15 +264,14 @@ class Catalog:
                 }
                 self._damage[name] = (self._damage[name][0], found)
             except Exception as error:
-                self._damage[name] = (
-                    self._damage[name][0],
-                    {
-                        "checked": "no",
-                        "n_problems": 0,
-                        "problems": [],
-                        "error": public(str(error), self.root),
-                    },
-                )
+                # A run that cannot even be checked says so; this thread must go on with the others.
+                found = {
+                    "checked": "no",
+                    "n_problems": 0,
+                    "problems": [],
+                    "error": public(str(error), self.root),
+                }
+                self._damage[name] = (self._damage[name][0], found)
 
 
 def _is_run(path: Place) -> bool:
@@ -268,9 +286,10 @@ def source_name(path: str) -> str:
 def complete_mask(run: Run, first: int, last: int) -> np.ndarray:
     """Say of the sequences [first, last) which are committed, from the ledger."""
     block = run.manifest.block
-    return run.ledger.holds(first // block, -(-last // block))[
-        np.arange(first, last) // block - first // block
-    ]
+    # Sequences commit by the block: look up the blocks [first // block, ceil(last / block)), then spread them out.
+    first_block = first // block
+    blocks = run.ledger.holds(first_block, -(-last // block))
+    return blocks[np.arange(first, last) // block - first_block]
 
 
 def missing_ranges(run: Run, most: int = 100) -> list[tuple[int, int]]:
@@ -282,6 +301,7 @@ def missing_ranges(run: Run, most: int = 100) -> list[tuple[int, int]]:
         if block in committed:
             continue
         first, last = m.block_range(block)
+        # Ranges that touch are one.
         if found and found[-1][1] == first:
             found[-1] = (found[-1][0], last)
         elif len(found) == most:

@@ -13,6 +13,7 @@ from typing import Any
 
 from headwater.service.documents import JsonObject
 
+# Longer than the server takes to plan a job (Limits.plan_seconds and Limits.seconds together).
 SECONDS = 200.0
 
 
@@ -42,7 +43,9 @@ class Client:
                 token = Path(token_file).expanduser().read_text().strip()
             except (OSError, ValueError) as error:
                 raise ValueError(f"--token-file {token_file} cannot be read: {error}.") from error
-        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._headers = {}
+        if token:
+            self._headers["authorization"] = f"Bearer {token}"
 
     def get(self, path: str) -> Any:
         """Return the JSON at a path."""
@@ -59,6 +62,7 @@ class Client:
     def follow(self, since: int) -> Iterator[JsonObject]:
         """Yield jobs as they change, from the state of `since` on; ends when the connection does."""
         with self._open("GET", f"/events?since={since}") as answer:
+            # Server-sent events: "data: " lines carry the job, others are comments and numbers of events.
             for line in answer:
                 if line.startswith(b"data: "):
                     yield json.loads(line[6:])
@@ -68,11 +72,14 @@ class Client:
             return json.load(answer)
 
     def _open(self, method: str, path: str, data: bytes | None = None, kind: str = "") -> Any:
-        headers = {**self._headers, **({"content-type": kind} if kind else {})}
+        headers = dict(self._headers)
+        if kind:
+            headers["content-type"] = kind
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
             return _OPENER.open(request, timeout=SECONDS)
         except urllib.error.HTTPError as error:
+            # The server answered: what it says is about the request, so the exit code is that of a wrong one.
             with error:
                 raise ValueError(f"{self.url} refuses this: {_detail(error)}") from None
         except OSError as error:

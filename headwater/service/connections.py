@@ -27,7 +27,9 @@ class Budget:
     """An amount that requests take parts of while they need them, such as bytes in memory."""
 
     def __init__(self, total: int, why: str) -> None:
-        self._left, self._why, self._lock = total, why, threading.Lock()
+        self._left = total
+        self._why = why
+        self._lock = threading.Lock()
 
     def take(self, n: int) -> None:
         """Take a part; raise BusyError where that is not left."""
@@ -55,10 +57,13 @@ class Patience:
     """How long the other side of a connection may let us wait: some seconds, and more for what it has moved."""
 
     def __init__(self, limits: Limits) -> None:
-        self._left, self._rate = limits.stall_seconds, limits.slowest
+        self._left = limits.stall_seconds
+        self._rate = limits.slowest
 
     async def wait(self, step: Awaitable[Any], n_bytes: int = 0) -> Any:
         """Await a step that moves bytes; raise TimeoutError once all waiting was longer than the bytes are worth."""
+        # What is left shrinks by the time waited and grows by the bytes moved: a slow line may take for ever as long as
+        # it keeps above the rate, and one that stops is ended after the seconds it has saved.
         begun = time.monotonic()
         try:
             async with asyncio.timeout(max(self._left, 0.001)):
@@ -101,10 +106,12 @@ class Connections:
         """End the connection that was idle longest where there are too many; the newest where all are at work."""
         if len(self.open) <= self.most:
             return
-        here = [c for c in self.open if not c.transport.is_closing()]  # others are as good as gone
+        # Those that are closing are as good as gone.
+        here = [c for c in self.open if not c.transport.is_closing()]
         idle = [c for c in here if c is not newest and _is_idle(c)]
         if len(here) > self.most and idle:
             min(idle, key=lambda c: float(c.idle_since)).transport.abort()
+        # All are at work: a few more are let in, since they may end at any moment.
         elif len(here) > self.most + SPARE:
             newest.transport.abort()
 
@@ -127,10 +134,13 @@ def most_connections(wanted: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = RESERVED_FILES + FILES_PER_CONNECTION * (wanted + SPARE)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        soft = needed
+        if hard != resource.RLIM_INFINITY:
+            soft = min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return wanted
+    # The inverse of `needed`, where the hard limit lies below it.
     return max(min(wanted, (soft - RESERVED_FILES) // FILES_PER_CONNECTION - SPARE), 1)
 
 

@@ -52,7 +52,9 @@ class Guard:
     """Wrap an ASGI application with the checks of this module."""
 
     def __init__(self, app: App, settings: Settings) -> None:
-        self.app, self.settings, self.limits = app, settings, settings.limits
+        self.app = app
+        self.settings = settings
+        self.limits = settings.limits
         self._names = allowed_hosts(settings)
         self.connections = Connections(settings.limits)
         self._slow: set[asyncio.Task[None]] = set()
@@ -83,9 +85,12 @@ class Guard:
         """Answer within the time limit, or say that it was not possible; a thread that works on is left alone."""
         task = asyncio.ensure_future(self.app(scope, receive, answer))
         plans = scope["method"] == "POST" and scope["path"] in ("/plan", "/jobs")
-        seconds = self.limits.seconds + (self.limits.plan_seconds if plans else 0)
+        seconds = self.limits.seconds
+        if plans:
+            seconds += self.limits.plan_seconds
         try:
             await asyncio.wait({task}, timeout=seconds)
+            # A thread cannot be interrupted. Its task is kept, so that it is not collected, and its end forgotten.
             if not task.done() and not answer.started:
                 self._slow.add(task)
                 task.add_done_callback(self._forget)
@@ -105,6 +110,8 @@ class Guard:
 
     def _check_host(self, headers: dict[str, str]) -> None:
         """Refuse names that are not this server's, which is how DNS rebinding shows."""
+        # A page of another site can make its own name point to this machine, and then reads answers as its own; the
+        # browser still sends that name as Host.
         name = host_name(headers.get("host", ""))
         if name in self._names:
             return
@@ -123,6 +130,8 @@ class Guard:
         host = headers.get("host", "").lower()
         if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
             raise Refused(403, "requests from pages of another origin are refused.")
+        # Browsers send Origin with what changes something, and Sec-Fetch-Site with everything. A link from elsewhere
+        # that a person follows is fine.
         elsewhere = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         if elsewhere and not (
             scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
@@ -136,6 +145,7 @@ class Guard:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and same(given.strip(), token):
             return
+        # The cookie is a hash, so that the token itself is not kept by browsers; SameSite=strict keeps it from others.
         if same(read_cookie(headers.get("cookie", "")), cookie_value(token)):
             return
         raise Refused(
@@ -146,10 +156,13 @@ class Guard:
         self, scope: Scope, headers: dict[str, str], receive: Receive, answer: _Answer
     ) -> Receive:
         """Count the bytes of a body as they come, and do not wait for them for ever."""
-        limit = self.limits.text_bytes if _is_upload(scope) else self.limits.body_bytes
+        limit = self.limits.body_bytes
+        if _is_upload(scope):
+            limit = self.limits.text_bytes
         too_large = Refused(
             413, f"the request is larger than the {limit:,} bytes that are taken here."
         )
+        # The length that is announced is refused at once; one that is not, or is wrong, is counted as it comes.
         if int(headers.get("content-length", "0") or 0) > limit:
             raise too_large
         too_slow = Refused(408, "the rest of the request did not come in time.")
@@ -171,9 +184,8 @@ class Guard:
             seen += n_bytes
             more = bool(message.get("more_body", False))
             if seen > limit:
-                await answer.refuse(
-                    too_large
-                )  # the application may turn what is raised here into its own answer
+                # Answered here, since the application may turn what is raised into an answer of its own.
+                await answer.refuse(too_large)
                 raise too_large
             return message
 
@@ -209,6 +221,7 @@ class _Answer:
             extra = [(name, value) for name, value in HEADERS if name not in there]
             message = {**message, "headers": [*message["headers"], *extra]}
             kind = dict(message["headers"]).get(b"content-type", b"")
+            # Held back until its body is there: a Problem has another length.
             if message["status"] >= 400 and kind.startswith(b"text/plain"):
                 self._plain = message
                 return
@@ -219,11 +232,15 @@ class _Answer:
             await self._send_body(message)
 
     async def _send_body(self, message: Message) -> None:
-        body, more = message.get("body", b""), message.get("more_body", False)
+        body = message.get("body", b"")
+        more = message.get("more_body", False)
         ends = [*range(PIECE_BYTES, len(body), PIECE_BYTES), len(body)]
         for begin, end in pairwise([0, *ends]):
             last = end == len(body)
-            part = body if last and begin == 0 else bytes(body[begin:end])
+            # A body that is one piece is sent as it is, without a copy.
+            part = body
+            if begin > 0 or not last:
+                part = bytes(body[begin:end])
             await self._piece({**message, "body": part, "more_body": more or not last}, len(part))
 
     async def _send_problem(self, start: Message, message: Message) -> None:
@@ -257,6 +274,7 @@ class _Answer:
         ]
         if refused.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
+        # The rest of the body is still on its way, and would be read as the next request.
         if refused.status in (408, 413):
             headers.append((b"connection", b"close"))
         await self({"type": "http.response.start", "status": refused.status, "headers": headers})
@@ -273,6 +291,7 @@ def read_headers(scope: Scope) -> dict[str, str]:
     found: dict[str, str] = {}
     for raw_name, raw_value in scope["headers"]:
         name = raw_name.decode("latin-1").lower()
+        # Of two, a proxy in front may believe one and this server the other.
         if name in found and name in ("host", "origin", "authorization", "content-length"):
             raise Refused(400, f"the header {name} stands there twice.")
         found[name] = raw_value.decode("latin-1")
@@ -285,7 +304,10 @@ def host_name(header: str) -> str:
     """Return the name in a Host header, without port and brackets."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
-    return header.rpartition(":")[0].lower() if header.count(":") == 1 else header.lower()
+    # More than one colon is an IPv6 address without brackets, which has no port.
+    if header.count(":") == 1:
+        header = header.partition(":")[0]
+    return header.lower()
 
 
 def same(a: str, b: str) -> bool:
@@ -304,4 +326,6 @@ def read_cookie(header: str) -> str:
         morsel = SimpleCookie(header).get(COOKIE)
     except CookieError:
         return ""
-    return "" if morsel is None else morsel.value
+    if morsel is None:
+        return ""
+    return morsel.value

@@ -10,6 +10,7 @@ from headwater.store.place import Place
 
 PART = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
 DEPTH = 12
+# An absolute path in a message, but not the path of an address (s3://…, http://…).
 PATHS = re.compile(r"(?<![\w./:])/(?:[^\s:'\",()`]+/)+")
 
 
@@ -26,6 +27,7 @@ def inside(root: Place, name: str) -> Place:
     parts = name.split("/")
     if len(parts) > DEPTH or not all(PART.fullmatch(p) and not p.startswith(".") for p in parts):
         raise NotHereError(f"there is no {shown(name)} here.")
+    # Names without ".." can still lead out, through a link.
     path = root / name
     if not stays_in(root, path):
         raise NotHereError(f"there is no {shown(name)} here.")
@@ -47,6 +49,7 @@ def out_path(settings: Settings, name: object) -> str:
         raise DeniedError(
             f"out {shown(name)} is no name under the server's root; use one such as 'my-run'."
         ) from None
+    # Results lie in NAME.analysis beside a run, and texts in texts/.
     if name.endswith(".analysis") or name.partition("/")[0] == "texts":
         raise DeniedError(f"out {shown(name)} is taken; name another run.")
     return str(path)
@@ -60,9 +63,10 @@ def read_path(settings: Settings, name: object, what: str, folders: tuple[Path, 
         path = root / name
         if path.resolve().is_relative_to(root) and path.exists() and not _hidden(path, root):
             return str(path)
+    flag = "--models" if what == "model" else "--texts"
     raise DeniedError(
         f"{what} {shown(name)} is not under the server's root or in a folder that it may read; upload texts with PUT "
-        f"/texts/NAME, or start the server with --{'models' if what == 'model' else 'texts'} FOLDER."
+        f"/texts/NAME, or start the server with {flag} FOLDER."
     )
 
 
@@ -74,7 +78,9 @@ def public(text: str, root: Place) -> str:
 def shown(value: object) -> str:
     """Return a value for a message, cut to 80 characters."""
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    if len(text) <= 80:
+        return text
+    return text[:77] + "..."
 
 
 def _hidden(path: Path, root: Path) -> bool:

@@ -32,6 +32,7 @@ STORE_THREADS = 40
 def serve(settings: Settings) -> None:
     """Serve until a signal ends it; raise ValueError where the root is served already or the port is taken."""
     settings.state.mkdir(mode=0o700, exist_ok=True)
+    # The lock before the port: of two servers of one root the second must not touch the queue, whatever its port.
     with _one_server(settings), _listen(settings) as listener:
         port = listener.getsockname()[1]
         settings = Settings(**{**vars(settings), "port": port})
@@ -45,6 +46,7 @@ def serve(settings: Settings) -> None:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                # Clients follow events for hours; the end does not wait for them.
                 timeout_graceful_shutdown=1,
                 timeout_keep_alive=30,
                 lifespan="off",
@@ -52,6 +54,7 @@ def serve(settings: Settings) -> None:
                 ws="none",
             )
             try:
+                # Only now, with the lock held, nobody else can be uploading.
                 clear_uploads(settings.local)
                 _say(settings, executor.start())
                 _Server(config, threads_for(settings.root), app.connections).run(sockets=[listener])
@@ -79,6 +82,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        # uvicorn would raise the signal again after it ended, which looks like a crash to whoever started us.
         before = {
             number: signal.signal(number, self.handle_exit)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -107,13 +111,17 @@ def threads_for(root: Place) -> int:
 
     Where they compute, more threads than processors only take turns, and take them from the thread that answers.
     """
-    return (os.cpu_count() or 1) + 2 if root.remote is None else STORE_THREADS
+    if root.remote is not None:
+        return STORE_THREADS
+    return (os.cpu_count() or 1) + 2
 
 
 def _say(settings: Settings, resumed: int) -> None:
     print(f"headwater: serving {settings.root} at {settings.url}", file=sys.stderr)
     jobs = f"{count(settings.parallel, 'job')} at a time, {show_bytes(settings.memory)} of memory"
-    more = f"; going on with {count(resumed, 'job')} that the last server left" if resumed else ""
+    more = ""
+    if resumed:
+        more = f"; going on with {count(resumed, 'job')} that the last server left"
     print(
         f"headwater: {jobs}{more}. Ctrl-C ends it; jobs go on at the next start.",
         file=sys.stderr,
@@ -133,6 +141,7 @@ def _one_server(settings: Settings) -> Iterator[None]:
                 f"{settings.root} is served already, by process {os.pread(handle, 20, 0).decode()}. One root has "
                 "one server: use that one, or stop it."
             ) from None
+        # The number is for people; what holds is the lock, which the kernel releases however a process ends.
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield

@@ -88,8 +88,14 @@ class Settings:
     @property
     def url(self) -> str:
         """The address to open on this machine."""
-        name = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host
-        return f"http://{f'[{name}]' if ':' in name else name}:{self.port}"
+        name = self.host
+        # "All addresses" is nothing that a browser can open.
+        if name in ("0.0.0.0", "::", ""):
+            name = "127.0.0.1"
+        # The colons of an IPv6 address need brackets beside that of the port.
+        if ":" in name:
+            name = f"[{name}]"
+        return f"http://{name}:{self.port}"
 
 
 def is_loopback(host: str) -> bool:
@@ -128,19 +134,28 @@ def make_settings(
             "ROOT is empty, perhaps a variable that is not set; name the directory that holds your runs."
         )
     root = plain_place(root)
-    place, beside = _prefix(root, state) if is_url(root) else (_folder(root, state), None)
+    place: Place
+    beside = None
+    if is_url(root):
+        place, beside = _prefix(root, state)
+    else:
+        place = _folder(root, state)
+    token = None
+    if token_file is not None:
+        token = read_token(token_file)
     return Settings(
-        place,
-        host,
-        port,
-        None if token_file is None else read_token(token_file),
-        ray,
-        _folders("--models", models),
-        _folders("--texts", texts),
-        tuple(hosts or ()),
-        memory or int(0.8 * available_memory()),
-        parallel,
-        beside,
+        root=place,
+        host=host,
+        port=port,
+        token=token,
+        ray=ray,
+        models=_folders("--models", models),
+        texts=_folders("--texts", texts),
+        hosts=tuple(hosts or ()),
+        # A fifth is left to the server itself, to the page cache, and to what plans do not foresee.
+        memory=memory or int(0.8 * available_memory()),
+        parallel=parallel,
+        beside=beside,
     )
 
 
@@ -165,11 +180,13 @@ def _folder(root: str, state: str | None) -> LocalPath:
 def _prefix(root: str, state: str | None) -> tuple[ObjectPath, Path]:
     """Return a root in an object store, after asking it, and the folder beside it; that is made where it is missing."""
     place = ObjectPath(root)
+    # Asked once, so that a wrong address or key is refused at the start and not at the first request.
     place.is_dir()
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "headwater"
-    beside = (
-        base / urllib.parse.quote(str(place), "") if state is None else Path(state).expanduser()
-    )
+    # One folder a root: the whole address, quoted, is its name.
+    beside = base / urllib.parse.quote(str(place), "")
+    if state is not None:
+        beside = Path(state).expanduser()
     try:
         beside.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -186,6 +203,7 @@ def _prefix(root: str, state: str | None) -> tuple[ObjectPath, Path]:
 def read_token(file: str) -> str:
     """Return the token in a file that only its owner may read; make file and token where there is none."""
     path = Path(file).expanduser()
+    # O_EXCL makes the file or finds it, and never fills one that others put there with their rights.
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:

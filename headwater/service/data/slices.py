@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -31,7 +31,9 @@ DIMS = (
     "d_head",
     "d_mlp",
 )
+# A number or a range, at most nine digits, so that no text makes numbers that numpy cannot index with.
 RANGE = r"^(-?\d{1,9}|(-?\d{1,9})?:(-?\d{1,9})?)$"
+# Named by the model's own numbers: a run may hold layers 4 to 7, and layer 4 is then its first.
 BY_LABEL = ("layer", "depth", "head")
 PLAIN = (
     "tokens",
@@ -97,8 +99,11 @@ def read_slice(
         )
     chosen: dict[str, tuple[slice, bool, np.ndarray]] = {}
     for dim, size in zip(dims, shape, strict=True):
-        numbers = run.coordinate(dim) if dim in BY_LABEL else None
-        labels = np.arange(size) if numbers is None else numbers
+        labels = np.arange(size)
+        if dim in BY_LABEL:
+            numbers = run.coordinate(dim)
+            if numbers is not None:
+                labels = numbers
         chosen[dim] = (*choose(dim, wanted.get(dim, ":"), labels), labels)
     n_bytes = prod(s.stop - s.start for s, _, _ in chosen.values()) * itemsize
     if n_bytes > limits.slice_bytes:
@@ -108,10 +113,11 @@ def read_slice(
         )
     if name in run.sites:
         spec = run.spec(name)
-        chunks = [
-            -(-s.stop // c) - s.start // c
-            for (s, _, _), c in zip(chosen.values(), spec.chunk, strict=True)
-        ]
+        # [start, stop) touches the chunks from start // c to ceil(stop / c): a thin slice through many chunks reads,
+        # and where there is a codec unpacks, every one of them whole.
+        chunks = []
+        for (part, _, _), size in zip(chosen.values(), spec.chunk, strict=True):
+            chunks.append(-(-part.stop // size) - part.start // size)
         if (n_read := prod(chunks) * spec.chunk_bytes) > limits.read_bytes:
             raise TooLargeError(
                 f"this slice of {name} lies in chunks of {show_bytes(n_read)}, but at most "
@@ -126,6 +132,7 @@ def read_slice(
                 f"{incomplete:,} of the sequences {part.start} to {part.stop - 1} are not computed yet. Ask for "
                 "others, or for what there is with partial=true: missing values read as NaN, −1, or 0 in pattern."
             )
+    # From here on memory is used, so the budget of all answers is asked before anything is read.
     take(n_bytes)
     key = tuple(s.start if dropped else s for s, dropped, _ in chosen.values())
     values = read_array(run, name, key)
@@ -149,7 +156,9 @@ def array_shape(run: Run, name: str) -> tuple[tuple[str, ...], tuple[int, ...], 
 
 def read_array(run: Run, name: str, key: tuple[int | slice, ...]) -> np.ndarray:
     """Read a part of an array, chunk by chunk as far as it is needed."""
-    return run[name][key] if name in run.sites else run.small(name)[key]
+    if name in run.sites:
+        return run[name][key]
+    return run.small(name)[key]
 
 
 def choose(dim: str, text: str, labels: np.ndarray) -> tuple[slice, bool]:
@@ -161,22 +170,28 @@ def choose(dim: str, text: str, labels: np.ndarray) -> tuple[slice, bool]:
     low, colon, high = text.partition(":")
     if not colon:
         value = int(low)
-        places = (
-            np.flatnonzero(labels == value) if by_label else np.arange(n)[value : value + 1 or None]
-        )
+        held = f"0 to {n - 1}"
+        if by_label:
+            places = np.flatnonzero(labels == value)
+            held = ", ".join(map(str, labels[:50]))
+        else:
+            # As a range of one, so that a number out of range takes nothing; -1 ends at None, not before 0.
+            places = np.arange(n)[value : value + 1 or None]
         if len(places) != 1:
-            held = ", ".join(map(str, labels[:50])) if by_label else f"0 to {n - 1}"
             raise ValueError(f"{dim} {value} is not in this array; it holds {held}.")
         return slice(int(places[0]), int(places[0]) + 1), True
     if by_label:
         inside = (labels >= int(low or 0)) & (labels < int(high or 1 << 30))
         places = np.flatnonzero(inside)
+        # Stored layers may have gaps (0,4:8); one slice cannot leave out what lies between.
         if len(places) and len(places) != places[-1] - places[0] + 1:
             raise ValueError(
                 f"{dim} {text} is no whole range; the array holds {', '.join(map(str, labels[:50]))}."
             )
     else:
-        places = np.arange(n)[int(low) if low else None : int(high) if high else None]
+        start = int(low) if low else None
+        stop = int(high) if high else None
+        places = np.arange(n)[start:stop]
     if not len(places):
         raise ValueError(
             f"{dim} {text} takes nothing; the array holds {labels[0]} to {labels[-1]}."
@@ -202,7 +217,10 @@ def to_arrow(part: Slice) -> bytes:
     rows = part.dims[:-1]
     shape = part.values.shape
     n = prod(shape[:-1])
-    grid = np.meshgrid(*(part.coordinates[d] for d in rows), indexing="ij") if rows else []
+    # "ij" gives row-major order, that of the values: the last of the other dimensions runs fastest.
+    grid: Sequence[np.ndarray] = ()
+    if rows:
+        grid = np.meshgrid(*(part.coordinates[dim] for dim in rows), indexing="ij")
     columns = {d: pa.array(g.reshape(n)) for d, g in zip(rows, grid, strict=True)}
     flat = pa.array(np.ascontiguousarray(part.values).reshape(-1))
     if rows:

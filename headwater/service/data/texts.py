@@ -28,6 +28,7 @@ class Upload:
             )
         folder = home / "texts"
         folder.mkdir(exist_ok=True)
+        # A link would let a client write wherever it leads.
         if folder.is_symlink():
             raise NotHereError("texts is a link; it must be a directory.")
         self.name = f"texts/{name}"
@@ -35,6 +36,7 @@ class Upload:
         self._final = folder / name
         if self._final.exists():
             raise ValueError(TAKEN.format(self.name))
+        # Hidden names are no texts (places.read_path), so a job cannot read half of one.
         self._temporary = folder / f".{name}.{secrets.token_hex(8)}"
         self._file = self._temporary.open("xb")
 
@@ -48,6 +50,7 @@ class Upload:
         if not self.n_bytes:
             raise ValueError(f"{self.name} is empty; send the text as the body of the request.")
         self._file.close()
+        # A link fails where the name is taken; a rename would replace what another upload put there meanwhile.
         try:
             os.link(self._temporary, self._final)
         except FileExistsError:

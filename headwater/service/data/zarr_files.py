@@ -15,6 +15,7 @@ from headwater.store.manifest import manifest_path
 from headwater.store.objects import StoreError
 from headwater.store.place import Place
 
+# Nothing else below a run is served: no internal file, no hidden one, and no name with "..".
 KEY = re.compile(
     r"((?P<array>[\w.-]+)/)?(zarr\.json|c(/\d{1,12})*)|tokenizer\.json|documents\.parquet"
 )
@@ -47,20 +48,28 @@ def zarr_file(root: Place, key: str) -> Place:
 
 def file_response(path: Place, request: Request) -> Response:
     """Answer with a file, or with the range of it that the request asks for."""
-    kind = "application/json" if path.name.endswith(".json") else "application/octet-stream"
+    kind = "application/octet-stream"
+    if path.name.endswith(".json"):
+        kind = "application/json"
+    # On this machine Starlette answers ranges itself; what follows does so for an object store.
     if path.local is not None:
         return BigFileResponse(path.local, media_type=kind, stat_result=path.local.stat())
     n_bytes, _, mark = path.state()
     tag = f'"{hashlib.sha256(mark.encode()).hexdigest()[:32]}"'
-    asked = request.headers.get("range", "") if request.headers.get("if-range", tag) == tag else ""
+    # A range continues what a reader has, so where that was another state of the file it gets the whole.
+    asked = ""
+    if request.headers.get("if-range", tag) == tag:
+        asked = request.headers.get("range", "")
     low, high, status = _span(asked, n_bytes)
     headers = {"accept-ranges": "bytes", "etag": tag, "content-length": str(high - low)}
     if status != 200:
-        headers["content-range"] = f"bytes {f'{low}-{high - 1}' if high > low else '*'}/{n_bytes}"
+        span = f"{low}-{high - 1}" if high > low else "*"
+        headers["content-range"] = f"bytes {span}/{n_bytes}"
     if request.method == "HEAD" or high == low:
         return Response(None, status, headers, kind)
     pieces = _pieces(path, low, high)
-    first = next(pieces)  # read before anything is answered
+    # Read before anything is answered, so that a store that fails is a status and not half a body.
+    first = next(pieces)
     return StreamingResponse(chain([first], pieces), status, headers, kind)
 
 
@@ -69,13 +78,16 @@ def _span(asked: str, n_bytes: int) -> tuple[int, int, int]:
     match = RANGE.fullmatch(asked)
     if match is None or not (match[1] or match[2]):
         return 0, n_bytes, 200
+    # "5-9" and "5-" count from the front, the end included; "-5" are the last five bytes.
     if match[1]:
         low = int(match[1])
         high = min(int(match[2] or n_bytes) + 1, n_bytes)
     else:
         low = max(n_bytes - int(match[2]), 0)
         high = n_bytes
-    return (low, high, 206) if low < high else (0, 0, 416)
+    if low >= high:
+        return 0, 0, 416
+    return low, high, 206
 
 
 def _pieces(path: Place, low: int, high: int) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ def resolve_intervention(
     """
     settings = dict(document)
     settings.pop("run", None)
+    # A request with rows of its own only keeps its results beside the run.
     own_rows = "text" in settings or "tokens" in settings
     known = {item.name: item.metadata["leads"] for item in fields(REQUESTS[kind])}
     if "run" in known and not own_rows:
@@ -41,8 +42,10 @@ def resolve_intervention(
         if not value or names not in (FILE, MODEL, EDITS):
             continue
         items = value if isinstance(value, tuple) else (value,)
-        checked = tuple(edit(v) if names == EDITS else place(v, name, names) for v in items)
-        found[name] = checked if isinstance(value, tuple) else checked[0]
+        checked: list[object] = []
+        for item in items:
+            checked.append(edit(item) if names == EDITS else place(item, name, names))
+        found[name] = tuple(checked) if isinstance(value, tuple) else checked[0]
     return {"run": run, "request": replace(request, **found).to_json()}
 
 
@@ -57,6 +60,7 @@ def plan_intervention(kind: str, document: Mapping[str, Json]) -> JsonObject:
     config = read_config(*request.made_from())
     if isinstance(request, Ablate) and request.target is not None:
         place_edits([request.target], config, config.n_ctx)
+    # Float32 weights take 4 bytes each; three times as much again is left for their gradients and for activations.
     n_weights = sum(prod(shape) for shape in config.shapes().values())
     return {"host_bytes": TORCH_BYTES + 4 * 4 * n_weights}
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from headwater.service.documents import JsonObject, read_json
+from headwater.service.documents import Json, JsonObject, read_json
 
 IDLE_SECONDS = 300.0
 
@@ -28,16 +27,15 @@ class Outcome:
     """How a request ended: "done" with its result, "refused" or "failed" with the reason, "cancelled"."""
 
     kind: str
-    value: Any
+    value: Json
 
 
 class WorkerProcess:
     """One process; it answers one request at a time, and reads models in some folders alone."""
 
     def __init__(self, folder: Path, models: Sequence[Path] = ()) -> None:
-        folder.mkdir(
-            parents=True, exist_ok=True
-        )  # empty, so that no name of a model means a file by chance
+        # The worker's directory is empty, so that no name of a model means a file by chance.
+        folder.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "headwater.service.jobs.process", *map(str, models)],
             cwd=folder,
@@ -45,6 +43,7 @@ class WorkerProcess:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            # Its own session, so that Ctrl-C at the server does not reach it, and killing takes its children too.
             start_new_session=True,
             env=_environment(),
         )
@@ -68,7 +67,9 @@ class WorkerProcess:
     ) -> Outcome:
         """Send a request with its `id` and wait for its end; after `seconds` the process is killed."""
         late = threading.Event()
-        timer = threading.Timer(seconds, self._end_late, (late,)) if seconds is not None else None
+        timer = None
+        if seconds is not None:
+            timer = threading.Timer(seconds, self._end_late, (late,))
         try:
             if timer is not None:
                 timer.start()
@@ -80,7 +81,8 @@ class WorkerProcess:
                     return Outcome(kind, value)
                 progress(value)
         except (OSError, ValueError):
-            pass  # the process is gone; below it is said how
+            # The process is gone; below it is said how.
+            pass
         finally:
             if timer is not None:
                 timer.cancel()
@@ -132,12 +134,13 @@ class WorkerProcess:
             self.kill()
             code = self._process.wait()
         self.close()
-        what = f"signal {-code}" if code < 0 else f"exit code {code}"
-        hint = (
-            " The memory may not have been enough: ask for a smaller block."
-            if code == -signal.SIGKILL
-            else ""
-        )
+        what = f"exit code {code}"
+        if code < 0:
+            what = f"signal {-code}"
+        # Nobody here killed it, so it was most likely the kernel, which takes workers first (oom_score_adj).
+        hint = ""
+        if code == -signal.SIGKILL:
+            hint = " The memory may not have been enough: ask for a smaller block."
         return Outcome(
             "failed",
             f"the worker process ended with {what}.{hint} Finished blocks are kept; submit again.",
@@ -149,7 +152,9 @@ class Workers:
 
     def __init__(self, folder: Path, models: Sequence[Path]) -> None:
         self._models = models
-        self._folder, self._idle, self._all = folder, list[WorkerProcess](), set[WorkerProcess]()
+        self._folder = folder
+        self._idle: list[WorkerProcess] = []
+        self._all: set[WorkerProcess] = set()
         self._lock = threading.Lock()
         self._closed = False
         self._timer: threading.Timer | None = None
@@ -177,13 +182,15 @@ class Workers:
                 self._plan_end()
             else:
                 self._all.discard(worker)
+        # Outside the lock, since the process may take seconds to end.
         if not keep:
             worker.close()
 
     def close(self) -> None:
         """End all processes, whatever they do."""
         with self._lock:
-            self._closed, workers = True, list(self._all)
+            self._closed = True
+            workers = list(self._all)
             if self._timer is not None:
                 self._timer.cancel()
         for worker in workers:

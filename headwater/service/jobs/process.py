@@ -16,11 +16,11 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from headwater.extractor.edits.places import switch_calls_off
 from headwater.extractor.model import places as model_places
-from headwater.service.documents import JsonObject
+from headwater.service.documents import Json, JsonObject
 from headwater.service.jobs import tasks
 
 LOCK_SECONDS = 60.0
@@ -31,9 +31,11 @@ class Channel:
     """The way back to the server: lines of JSON."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self._lock, self._last = stream, threading.Lock(), 0.0
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._last = 0.0
 
-    def send(self, kind: str, value: Any) -> None:
+    def send(self, kind: str, value: Json) -> None:
         """Send one answer."""
         with self._lock:
             self._stream.write(json.dumps({kind: value}) + "\n")
@@ -51,7 +53,8 @@ class Requests:
     """Requests from standard input, read by a thread so that its end and a cancellation are seen at once."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream, self.waiting = stream, queue.SimpleQueue[JsonObject]()
+        self._stream = stream
+        self.waiting = queue.SimpleQueue[JsonObject]()
         self._current: int | None = None
         self._cancelled: set[int] = set()
         signal.signal(signal.SIGINT, self._interrupt)
@@ -64,11 +67,13 @@ class Requests:
                 self.waiting.put(request)
             elif request["id"] not in self._cancelled:
                 self._cancelled.add(request["id"])
+                # The main thread may be in a C call, which only a signal to that very thread interrupts.
                 if self._current == request["id"]:
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        # The server is gone. What runs can be resumed, so nothing is worth a tidy end that may hang.
         os._exit(3)
 
-    def _interrupt(self, *_: Any) -> None:
+    def _interrupt(self, *_: object) -> None:
         """Interrupt the current request, once; a signal that comes when it has ended means nothing."""
         if self._current is not None:
             self._current = None
@@ -76,6 +81,7 @@ class Requests:
 
     def begin(self, number: int) -> None:
         """Say which request runs; raise KeyboardInterrupt where it is cancelled already."""
+        # In this order: a cancellation that comes in between is seen by one of the two.
         self._current = number
         if number in self._cancelled:
             self._current = None
@@ -91,24 +97,25 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("500")  # where memory ends, the job goes rather than the server
+        # Where memory ends, the job goes rather than the server.
+        file.write("500")
     switch_calls_off("the server runs no code that a request or a run names.")
     model_places.allow_only(map(Path, sys.argv[1:]))
     channel = Channel(os.fdopen(os.dup(1), "w", encoding="utf-8"))
-    os.dup2(2, 1)  # what libraries print must not end up among the answers
+    # What libraries print must not end up among the answers.
+    os.dup2(2, 1)
     requests = Requests(sys.stdin)
     while True:
         kind, value = _answer(requests.waiting.get(), channel, requests)
         channel.send(kind, value)
 
 
-def _answer(request: JsonObject, channel: Channel, requests: Requests) -> tuple[str, Any]:
+def _answer(request: JsonObject, channel: Channel, requests: Requests) -> tuple[str, Json]:
     """Do what a request asks; return how it ended."""
     try:
         requests.begin(request["id"])
-        function = (
-            tasks.PLANS[request["kind"]] if request["do"] == "plan" else tasks.RUNS[request["kind"]]
-        )
+        table = tasks.PLANS if request["do"] == "plan" else tasks.RUNS
+        function = table[request["kind"]]
         result = _when_free(function, request["document"], channel)
         requests.end()
         return "done", result
@@ -117,7 +124,8 @@ def _answer(request: JsonObject, channel: Channel, requests: Requests) -> tuple[
     except ValueError as error:
         requests.end()
         return "refused", str(error)
-    except BaseException as error:  # SystemExit too, and the panics of libraries
+    # SystemExit too, and the panics of libraries in Rust, which are no Exception: the process answers and lives on.
+    except BaseException as error:
         requests.end()
         traceback.print_exc()
         return "failed", explain(error)
@@ -127,10 +135,12 @@ def explain(error: BaseException) -> str:
     """Say what went wrong, as the command line does."""
     from headwater.cli.entry import explain as in_words
 
-    return in_words(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+    if not isinstance(error, Exception):
+        error = RuntimeError(repr(error))
+    return in_words(error)
 
 
-def _when_free(function: tasks.Task, document: JsonObject, channel: Channel) -> Any:
+def _when_free(function: tasks.Task, document: JsonObject, channel: Channel) -> Json:
     """Run a task, waiting a while where the worker of a server that was killed still holds the run."""
     from headwater.store.lock import LockedError
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from headwater.analysis.interventions.requests import REQUESTS
 from headwater.analysis.suite.registry import analysis_of
@@ -27,6 +26,7 @@ from headwater.service.settings import Settings
 from headwater.store.manifest import RunError, manifest_path, read_manifest
 from headwater.store.place import Place, place_of
 
+# OWNER/NAME or NAME, as the hub allows; nothing that could be read as a path.
 HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
 MOST_WORKERS = 64
 
@@ -54,13 +54,14 @@ def resolve(settings: Settings, kind: str, document: Mapping[str, Json]) -> Json
 
 def run_name(settings: Settings, kind: str, resolved: Mapping[str, Json]) -> str:
     """Return the name of the run that a job writes or reads."""
-    place: str = resolved["out"] if kind == "extract" else resolved["run"]
+    place: str = resolved["run"] if kind != "extract" else resolved["out"]
     return place.removeprefix(f"{settings.root}/")
 
 
 def _extract(settings: Settings, document: JsonObject) -> JsonObject:
     resolved = {name: value for name, value in document.items() if value is not None}
     options = options_of(RunConfig)
+    # What is refused says why, before other errors hide it.
     for one in options:
         if one.name in resolved and one.refused:
             raise DeniedError(one.refused)
@@ -73,6 +74,8 @@ def _extract(settings: Settings, document: JsonObject) -> JsonObject:
     for one in options:
         if one.name in resolved:
             resolved[one.name] = allowed(settings, one, resolved[one.name])
+    # The values are checked here too, so that a wrong one is refused before a worker takes it. A request that names
+    # only a run takes model and edits from its manifest, which must be allowed as if they were named.
     if RunConfig(**resolved).names_only_out:
         _check_stored(settings, place_of(resolved["out"]))
     if settings.ray is not None:
@@ -80,7 +83,7 @@ def _extract(settings: Settings, document: JsonObject) -> JsonObject:
     return resolved
 
 
-def allowed(settings: Settings, option: Option, value: Any) -> Any:
+def allowed(settings: Settings, option: Option, value: Json) -> Json:
     """Return a value with what it names in its place; raise DeniedError where a job may not name that."""
     if option.leads == MODEL:
         return _model(settings, value, option.name)
@@ -101,7 +104,7 @@ def allowed(settings: Settings, option: Option, value: Any) -> Any:
     raise DeniedError(f"{option.name} is not for jobs; leave it out.")
 
 
-def _file(settings: Settings, name: Any, setting: str) -> str:
+def _file(settings: Settings, name: object, setting: str) -> str:
     """Return a file or directory that a job may read."""
     return _inside_only(read_path(settings, name, setting, settings.texts), settings)
 
@@ -109,8 +112,9 @@ def _file(settings: Settings, name: Any, setting: str) -> str:
 def _analyze(settings: Settings, document: JsonObject) -> JsonObject:
     _only(document, ["run", "analyses", "partial", "again", "options"], "analyze")
     names = document.get("analyses") or []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RequestError(f"analyses is {shown(names)}; expected a list of names.")
     options = read_options(document.get("options", {}), names)
     if "model" in options:
@@ -172,7 +176,7 @@ def _run(settings: Settings, document: Mapping[str, Json]) -> str:
     raise NotHereError(f"there is no run {shown(name)} here.")
 
 
-def _model(settings: Settings, name: Any, what: str) -> str:
+def _model(settings: Settings, name: object, what: str) -> str:
     """Return a model that may be loaded: the packaged one, one in an allowed folder, or a hub id."""
     if name == "demo":
         return "demo"
@@ -219,13 +223,14 @@ def _check_stored(settings: Settings, run: Place) -> None:
 
 def _inside_only(path: str, settings: Settings, folders: tuple[Path, ...] | None = None) -> str:
     """Refuse a directory in which a link leads out of what may be read."""
-    allowed = (settings.local, *(settings.texts if folders is None else folders))
+    if folders is None:
+        folders = settings.texts
+    roots = (settings.local, *folders)
+    # The path itself was checked; what a directory of texts or weights holds can still be links.
     for folder, names, files in os.walk(path):
         for name in (*names, *files):
             item = Path(folder, name)
-            if item.is_symlink() and not any(
-                item.resolve().is_relative_to(root) for root in allowed
-            ):
+            if item.is_symlink() and not any(item.resolve().is_relative_to(root) for root in roots):
                 raise DeniedError(
                     f"{shown(name)} in {Path(path).name} is a link that leads out of what may be read."
                 )

@@ -35,7 +35,9 @@ class Executor:
         self.workers = Workers(settings.state / "work", (settings.local, *settings.models))
         self._wake = threading.Condition()
         self._closed = False
+        # By number: the job, and its process once it has one.
         self._running: dict[int, tuple[Job, WorkerProcess | None]] = {}
+        # Planning reads texts and loads torch: two at once leave the processor to jobs.
         self._planning = threading.BoundedSemaphore(2)
         self._thread = threading.Thread(target=self._schedule, daemon=True, name="jobs")
 
@@ -95,6 +97,7 @@ class Executor:
         with self._wake:
             job = self.jobs.cancel(number)
             _, worker = self._running.get(number, (None, None))
+        # Asked first, so that what is under way can end well; a C call that does not return is killed.
         if worker is not None:
             worker.cancel(number)
             timer = threading.Timer(CANCEL_SECONDS, self._insist, (number, worker))
@@ -117,10 +120,12 @@ class Executor:
                         self._running[job.id] = (job, None)
                         self._begin(job)
                         continue
-                except (sqlite3.Error, RuntimeError):  # no disk, or no thread: later perhaps
+                # No disk, or no thread: later perhaps.
+                except (sqlite3.Error, RuntimeError):
                     traceback.print_exc()
                     saved = False
-                self._wake.wait(PAUSE_SECONDS if saved else RETRY_SECONDS)
+                pause = PAUSE_SECONDS if saved else RETRY_SECONDS
+                self._wake.wait(pause)
 
     def _begin(self, job: Job) -> None:
         thread = threading.Thread(target=self._run, args=(job,), daemon=True, name=f"job {job.id}")
@@ -139,8 +144,11 @@ class Executor:
         for job in self.jobs.waiting():
             if job.run in busy:
                 continue
-            fits = not self._running or used + job.price["host_bytes"] <= self.settings.memory
-            return job if fits else None
+            # A job that does not fit waits for room, and those after it wait with it: else small jobs would keep a
+            # large one waiting for ever. Alone it may run in any case; planning has compared it with the memory.
+            if self._running and used + job.price["host_bytes"] > self.settings.memory:
+                return None
+            return job
         return None
 
     def _run(self, job: Job) -> None:
@@ -151,7 +159,8 @@ class Executor:
             outcome = None
         except (ValueError, LookupError) as error:
             outcome = Outcome("refused", str(error))
-        except Exception as error:  # a damaged run, a full disk: the next job may be luckier
+        # A damaged run, a full disk: the next job may be luckier.
+        except Exception as error:
             traceback.print_exc()
             outcome = Outcome("failed", str(error) or repr(error))
         with self._wake:
@@ -167,6 +176,7 @@ class Executor:
 
     def _outcome(self, job: Job) -> Outcome:
         """Give a job to a worker; return how it ended."""
+        # Again, since links and runs may have changed while the job waited.
         resolved = resolve(self.settings, job.kind, job.document)
         worker = self.workers.take()
         try:
@@ -177,15 +187,16 @@ class Executor:
                 self.jobs.start(job.id)
             request = {"do": "run", "id": job.id, "kind": job.kind, "document": resolved}
             outcome = worker.call(request, lambda progress: self.jobs.show(job.id, progress), None)
+            # It may have been interrupted while it imported something, which nobody can repair.
             if outcome.kind == "cancelled":
-                worker.kill()  # it may have been interrupted while it imported something, which nobody can repair
+                worker.kill()
             return outcome
         finally:
             self.workers.give_back(worker)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        text = None if outcome.value is None else public(str(outcome.value), self.settings.root)
-        if self.jobs.get(job.id).state == CANCELLED:  # before it began
+        # Cancelled before it began.
+        if self.jobs.get(job.id).state == CANCELLED:
             return
         if outcome.kind == "done":
             result = json.loads(public(json.dumps(outcome.value), self.settings.root))
@@ -202,4 +213,7 @@ class Executor:
         elif outcome.kind == "cancelled" or self.jobs.get(job.id).cancel:
             self.jobs.end(job.id, CANCELLED)
         else:
-            self.jobs.end(job.id, FAILED, error=text)
+            error = None
+            if outcome.value is not None:
+                error = public(str(outcome.value), self.settings.root)
+            self.jobs.end(job.id, FAILED, error=error)

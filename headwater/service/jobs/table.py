@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from headwater.service.documents import Json, JsonObject, read_json
 from headwater.service.places import NotHereError
@@ -47,7 +46,7 @@ class Job:
     state: str
     price: JsonObject
     progress: JsonObject
-    result: Any
+    result: Json
     error: str | None
     created: float
     started: float | None
@@ -65,14 +64,19 @@ class JobQueue:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
+        # One connection under one lock; isolation_level=None commits every statement by itself.
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.row_factory = sqlite3.Row
         self._db.execute("pragma journal_mode = wal")
+        # Each commit is on the disk when it returns: an accepted job survives a power cut.
         self._db.execute("pragma synchronous = full")
         self._db.executescript(SCHEMA)
+        # Milliseconds since 1970, or one more than the last change: it also grows over restarts.
         self._clock = int(time.time() * 1000)
         self._changed: dict[int, int] = {}
+        # Progress of running jobs, in memory alone: writing it ten times a second would wear the disk.
         self._live: dict[int, JsonObject] = {}
+        # Changes that the disk has not taken yet; they win over what the file says.
         self._unsaved: dict[int, JsonObject] = {}
 
     def close(self) -> None:
@@ -123,13 +127,16 @@ class JobQueue:
         self, states: tuple[str, ...] = (), before: int | None = None, most: int = 100
     ) -> list[Job]:
         """Return the newest jobs, those in certain states and with a smaller number where that is asked for."""
-        marks = ", ".join("?" * len(states))
-        where = f"where state in ({marks})" if states else "where 1"
-        query = f"select * from job {where} and id < ? order by id desc limit ?"
+        where = "1"
+        if states:
+            marks = ", ".join("?" * len(states))
+            where = f"state in ({marks})"
+        query = f"select * from job where {where} and id < ? order by id desc limit ?"
         with self._lock:
             rows = self._db.execute(query, (*states, before or 1 << 62, most)).fetchall()
             found = {job.id: job for job in map(self._job, rows)}
-            for number in self._unsaved:  # which the file still has under their old state
+            # Those the file still has under their old state.
+            for number in self._unsaved:
                 if number < (before or 1 << 62):
                     found[number] = self.get(number)
         jobs = [job for job in found.values() if not states or job.state in states]
@@ -143,10 +150,13 @@ class JobQueue:
         """Note that a job runs."""
         with self._lock:
             job = self.get(number)
-            began = time.time() if job.started is None else job.started
+            # A job that is begun again after a restart keeps its first start.
+            began = job.started
+            if began is None:
+                began = time.time()
             return self._change(number, state=RUNNING, starts=job.starts + 1, started=began)
 
-    def end(self, number: int, state: str, result: Any = None, error: str | None = None) -> Job:
+    def end(self, number: int, state: str, result: Json = None, error: str | None = None) -> Job:
         """Note how a job ended, with the progress that it had."""
         with self._lock:
             progress = self._live.pop(number, None) or self.get(number).progress
@@ -176,7 +186,7 @@ class JobQueue:
                 self._write_change(number)
             return not self._unsaved
 
-    def _change(self, number: int, **values: Any) -> Job:
+    def _change(self, number: int, **values: object) -> Job:
         """Change columns of a job, in memory first, so that what a full disk refuses is not lost."""
         with self._lock:
             self._unsaved[number] = self._unsaved.get(number, {}) | values
@@ -218,13 +228,14 @@ class JobQueue:
         self._clock = max(self._clock + 1, int(time.time() * 1000))
         self._changed[number] = self._clock
 
-    def _write(self, query: str, *values: Any) -> sqlite3.Cursor:
+    def _write(self, query: str, *values: object) -> sqlite3.Cursor:
         with self._lock:
             return self._db.execute(query, values)
 
     def _job(self, row: sqlite3.Row) -> Job:
         raw = dict(row) | self._unsaved.get(row["id"], {})
         for name in JSON_COLUMNS:
-            raw[name] = None if raw[name] is None else read_json(raw[name])
+            if raw[name] is not None:
+                raw[name] = read_json(raw[name])
         raw["progress"] = self._live.get(raw["id"], raw["progress"])
         return Job(**raw)

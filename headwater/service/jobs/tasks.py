@@ -90,9 +90,11 @@ def plan_analyze(document: Document, progress: Progress) -> Any:
     chosen = choose(names, options)
     described = describe(run, chosen, names, options, ONE_BY_ONE, Outcome())
     made = [one.prepared for one in described.values()]
+    # What the first step of each analysis reads and holds; what a later one takes depends on what that finds.
     reducers = [reducer for a in made for reducer in next(a.steps())]
     sites = {site for reducer in reducers for site in reducer.sites} & set(run.sites)
     passes = max((a.passes for a in made), default=0)
+    # All analyses share a pass, so the longest one's passes count, and every site in each.
     read = passes * sum(run.spec(site).stored_bytes(run.manifest.n_sequences) for site in sites)
     return {
         "passes": passes,
@@ -118,6 +120,7 @@ def run_analyze(document: Document, progress: Progress) -> Any:
             }
         )
 
+    # Whoever cancels or stops the server loses ten seconds of reading at most.
     scan = Scan(partial=document["partial"], keep_seconds=10.0, observe=observe)
     out = analyze(
         document["run"], document["analyses"], document["options"], scan, document["again"]

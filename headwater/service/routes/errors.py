@@ -24,6 +24,7 @@ def add_errors(app: FastAPI, settings: Settings) -> None:
     def answer(status: int, text: str) -> JSONResponse:
         return JSONResponse({"detail": public(text, settings.root)}, status)
 
+    # Every other ValueError is a request that cannot be met.
     statuses = {TooLargeError: 413, IncompleteError: 409, NotHereError: 404}
 
     async def known(_: Request, error: Exception) -> Response:
@@ -46,6 +47,7 @@ def add_errors(app: FastAPI, settings: Settings) -> None:
     async def wrong_method(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         detail = {"detail": f"{request.method} is not for this path."}
+        # HTTP wants the methods that the path does have.
         matching = [r for r in app.routes if r.matches(request.scope)[0] != Match.NONE]
         methods = {name for route in matching for name in getattr(route, "methods", None) or ()}
         return JSONResponse(detail, 405, {"allow": ", ".join(sorted(methods))})
@@ -54,7 +56,8 @@ def add_errors(app: FastAPI, settings: Settings) -> None:
         return answer(503, f"the queue of jobs cannot be used ({error}). The disk may be full.")
 
     async def gone(_: Request, error: Exception) -> Response:
-        return Response(status_code=499)  # the client closed the connection; nobody reads this
+        # The client closed the connection; nobody reads this.
+        return Response(status_code=499)
 
     app.add_exception_handler(BusyError, busy)
     app.add_exception_handler(StoreError, busy)

@@ -30,7 +30,8 @@ PLANS = 8
 
 def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executor) -> None:
     uploads = Budget(settings.limits.uploads, "too many texts are being sent.")
-    waiting = CapacityLimiter(PLANS)  # apart from the threads that read, since planning takes long
+    # Threads apart from those that read, since planning takes long.
+    waiting = CapacityLimiter(PLANS)
 
     def read(submission: Submission) -> JsonObject:
         document = read_document(submission.document)
@@ -61,7 +62,9 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         document = await run_sync(read, submission)
         run, price = await price_of(submission.kind, document)
         job, new = await run_sync(executor.submit, submission.kind, document, run, price)
-        response.status_code = 201 if new else 200
+        # 201 is the route's own status; a job that was there already is no new one.
+        if not new:
+            response.status_code = 200
         return job.to_json()
 
     @app.get("/jobs")
@@ -71,11 +74,13 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         most: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> JsonObject:
         """List jobs, the newest first."""
-        states = () if state is None else (state,)
-        return {
-            "jobs": [job.to_json() for job in jobs.newest(states, before, most)],
-            "clock": jobs.clock,
-        }
+        states: tuple[str, ...] = ()
+        if state is not None:
+            states = (state,)
+        # The clock before the jobs: who follows from it may see a change twice, but misses none.
+        clock = jobs.clock
+        found = jobs.newest(states, before, most)
+        return {"jobs": [job.to_json() for job in found], "clock": clock}
 
     @app.get("/jobs/{number}")
     def read_job(number: Annotated[int, fastapi.Path(ge=1, le=2**62)]) -> JsonObject:
@@ -121,14 +126,13 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         request: Request, since: Annotated[int | None, Query(ge=0, le=2**62)] = None
     ) -> StreamingResponse:
         """Follow the jobs: one server-sent event for each change, with the job as its data."""
+        # A browser that lost the connection says by itself which event it saw last.
         last = request.headers.get("last-event-id", "")
-        start = (
-            int(last)
-            if last.isdecimal() and len(last) < 19
-            else jobs.clock
-            if since is None
-            else since
-        )
+        start = jobs.clock
+        if last.isdecimal() and len(last) < 19:
+            start = int(last)
+        elif since is not None:
+            start = since
         return StreamingResponse(
             _events(request, jobs, start),
             media_type="text/event-stream",

@@ -30,16 +30,15 @@ def add_page(app: FastAPI, settings: Settings) -> None:
     def read_docs() -> HTMLResponse:
         return page("docs.html")
 
-    kinds = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-
     @app.get("/page/{name}", include_in_schema=False)
     def read_asset(name: str) -> Response:
+        # Assets lie in one folder, so a name with a folder in it is none of them.
         path = PAGE / name
-        if Path(name).name != name or Path(name).suffix not in kinds or not path.is_file():
+        if Path(name).name != name or Path(name).suffix not in KINDS or not path.is_file():
             raise NotHereError("there is no such file here.")
         return Response(
             path.read_bytes(),
-            media_type=kinds[Path(name).suffix],
+            media_type=KINDS[Path(name).suffix],
             headers={"cache-control": "no-cache"},
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import fastapi
 from fastapi import FastAPI, Query, Request, Response
@@ -16,6 +16,7 @@ from headwater.service.data import figures, slices
 from headwater.service.data.results import read_result
 from headwater.service.data.zarr_files import file_response, zarr_file
 from headwater.service.documents import JsonObject
+from headwater.service.guard import Receive, Scope, Send
 from headwater.service.places import shown
 from headwater.service.settings import Settings
 
@@ -50,13 +51,15 @@ class _Held:
 class _HeldResponse(Response):
     """An answer that is in memory until it was sent; `done` is called then."""
 
-    def __init__(self, *args: Any, done: Callable[[], None], **named: Any) -> None:
-        super().__init__(*args, **named)
+    def __init__(
+        self, data: bytes, media_type: str, headers: dict[str, str], done: Callable[[], None]
+    ) -> None:
+        super().__init__(data, media_type=media_type, headers=headers)
         self._done = done
 
-    async def __call__(self, *args: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(*args)
+            await super().__call__(scope, receive, send)
         finally:
             self._done()
 
@@ -105,13 +108,18 @@ def add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
         Layers, depths and heads are the model's numbers. The header x-headwater-dims names the dimensions that are
         left. A slice with sequences that are not computed yet is refused unless `partial` is true.
         """
+        # FastAPI drops parameters that it does not know: a misspelt dimension would answer with the whole array.
         known = {*slices.DIMS, "format", "partial"}
         for parameter in request.query_params:
             if parameter not in known:
                 raise ValueError(
                     f"{shown(parameter)} is no parameter; expected {', '.join((*slices.DIMS, 'format'))}."
                 )
-        wanted = {d: v for d in slices.DIMS if (v := request.query_params.get(d)) is not None}
+        wanted = {}
+        for dim in slices.DIMS:
+            asked = request.query_params.get(dim)
+            if asked is not None:
+                wanted[dim] = asked
         run = catalog.open(name)
         held = _Held(flight)
         try:
@@ -125,10 +133,12 @@ def add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
         except BaseException:
             held.keep(0)
             raise
+        # The values are gone; the answer stays in memory until its reader has it.
         held.keep(len(data))
-        ends = {
-            d: [int(c[0]), int(c[-1])] for d, c in part.coordinates.items() if c.dtype.kind in "iu"
-        }
+        ends = {}
+        for dim, coordinate in part.coordinates.items():
+            if coordinate.dtype.kind in "iu":
+                ends[dim] = [int(coordinate[0]), int(coordinate[-1])]
         return _HeldResponse(
             data,
             media_type=kind,
