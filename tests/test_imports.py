@@ -138,6 +138,14 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("folder", ["benchmarks", "extractor", "store"])
+def test_a_folder_shows_its_names_and_imports_nothing_heavy_before_one_is_used(folder):
+    heavy = "{'torch', 'ray', 'zarr', 'xarray'}"
+    code = f"import sys, headwater.{folder} as face; print(sorted({heavy} & set(sys.modules))); "
+    code += "print({*face.__all__} <= {*dir(face)}, all(hasattr(face, n) for n in face.__all__))"
+    assert run_python(code).splitlines() == ["[]", "True True"]
+
+
 def test_dir_and_help_show_what_there_is():
     shown = run_python("import headwater; print(*dir(headwater)); help(headwater)")
     names, _, text = shown.partition("\n")
