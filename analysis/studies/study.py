@@ -20,6 +20,7 @@ import numpy as np
 from headwater.analysis.engine.results import RunResults, kept_results, load, save, set_aside
 from headwater.analysis.plots.catalogue import draw, save_figures
 from headwater.analysis.suite.analyze import analyze
+from headwater.store.version import __version__
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,7 +60,7 @@ class Study(ABC):
 
     def kept(self, run: Run, found: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
         """Return what `more` gives, from beside the run where a study of these settings has kept it there."""
-        parts = [headwater_version(), repr(self), run.manifest.fingerprint]
+        parts = [__version__, repr(self), run.manifest.fingerprint]
         request = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         with suppress(ValueError, FileNotFoundError):
             there = {name: load(run, name) for name in self.further}
