@@ -19,6 +19,7 @@ from headwater.cli import (
     runs,
     service,
     sites,
+    studies,
 )
 from headwater.cli.command import Command, Parser, UsageError
 
@@ -31,6 +32,7 @@ AREAS: tuple[ModuleType, ...] = (
     project,
     interventions,
     dynamics,
+    studies,
     reproduce,
     service,
 )
