@@ -54,16 +54,16 @@ Draw = Callable[[Sequence["RunResults"]], "Figure"]
 
 STATE_BYTES = 256 << 20
 DIGITS = 4
-# The report's sections in their order; one that is not named here comes last.
+# The report's sections in their order, which is that of the computation too; one that is not named here comes last.
 SECTIONS = (
     "The residual stream over depth",
-    "Its dimensions",
     "Attention sinks and the transition",
     "Repeated tokens",
     "Massive activations",
+    "The dimensions of the stream",
+    "Heads compared",
     "What the depths predict",
     "What writes the output",
-    "Heads compared",
     "Where units are active",
     "The weights",
 )

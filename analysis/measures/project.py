@@ -174,7 +174,7 @@ class SvdTokensAnalysis(ModelAnalysis):
     name = "svd_tokens"
     title = "principal directions of the residual stream read through the unembedding"
     needs = (("resid",),)
-    section = "Its dimensions"
+    section = "The dimensions of the stream"
     after = "svd"
 
     model: str | None = setting(None, TEXT, MODEL_HELP, "MODEL", leads=MODEL)

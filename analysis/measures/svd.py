@@ -180,7 +180,7 @@ class SvdAnalysis(Analysis):
     name = "svd"
     title = "spectra and principal directions of a vector site, centred or not, first position in or out"
     needs = tuple((site,) for site in VECTORS)
-    section = "Its dimensions"
+    section = "The dimensions of the stream"
     brings = ("svd_tokens",)
     plots = (
         Plot(
