@@ -49,15 +49,24 @@ class Placement:
 
     def to(self, device: torch.device) -> Placement:
         """Return the same place with its tensors on a device."""
-        tensors = {"hidden": self.hidden, "heads": self.heads, "positions": self.positions}
-        moved = {name: x.to(device) for name, x in tensors.items() if x is not None}
-        return replace(self, **moved)
+        return replace(
+            self,
+            hidden=_moved(self.hidden, device),
+            heads=_moved(self.heads, device),
+            positions=_moved(self.positions, device),
+        )
 
     def part(self, first: int, last: int) -> Placement:
         """Return the place of the sequences [first, last) of this micro-batch."""
-        by_sequence = {"hidden": self.hidden, "positions": self.positions}
-        cut = {name: x[first:last] for name, x in by_sequence.items() if x is not None}
-        return replace(self, first=self.first + first, n=last - first, **cut)
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = hidden[first:last]
+        positions = self.positions
+        if positions is not None:
+            positions = positions[first:last]
+        return replace(
+            self, first=self.first + first, n=last - first, hidden=hidden, positions=positions
+        )
 
     def choose(self, site: str, value: torch.Tensor) -> torch.Tensor:
         """Cut a site's value [B, …] of a padded micro-batch to what is kept of it; a view where that is possible."""
@@ -111,3 +120,9 @@ def _chosen_positions(
         real = (~hidden_BT).to(torch.int64) * torch.arange(1, hidden_BT.shape[1] + 1)
         return (real.amax(1, keepdim=True) - 1).clamp_(min=0)
     return torch.tensor(chosen).expand(hidden_BT.shape[0], -1)
+
+
+def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    return tensor.to(device)

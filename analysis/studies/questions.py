@@ -21,9 +21,9 @@ STATISTICS = ("attn_entropy", "attn_sink", "attn_distance", "attn_received")
 MIN_FIRST = 3  # standard errors that a second favourite must stand from nothing
 
 
-def floats(values: object) -> list[float]:
+def floats(values: xr.DataArray | np.ndarray) -> list[float]:
     """Return an array's numbers."""
-    return [float(value) for value in np.ravel(values)]
+    return [float(value) for value in np.asarray(values).ravel()]
 
 
 def layer_or_why(value: xr.DataArray) -> str:
@@ -169,6 +169,7 @@ class MassiveStudy(Study):
     def more(self, run: Run, found: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
         """Scale the largest activation at every depth from the one where it has half of its size."""
         from headwater.analysis.interventions.requests import Ablate
+        from headwater.extractor.edits.grammar import read_target
 
         massive = found["massive"]
         peak = massive.stack(place=("positions", "d_model"))
@@ -177,8 +178,9 @@ class MassiveStudy(Study):
         first = int(massive.depth.values[int(np.argmax(size >= size.max() / 2))])
         last = int(massive.depth.values[-1])
         where = int(best.peak_position.isel(depth=int(size.argmax())))
+        target = read_target(f"resid[{first}:{last}] position={where} dim={int(best.d_model)}")
         request = Ablate(
-            target=f"resid[{first}:{last}] position={where} dim={int(best.d_model)}",
+            target=target,
             hold=True,
             scales=self.scales,
             run=str(run.path),

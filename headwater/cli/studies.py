@@ -32,7 +32,9 @@ def add_study(parser: Parser) -> None:
 
     parser.description = ABOUT
     parser.epilog = EXAMPLES
-    parser.usage = "headwater study NAME MODEL … (--text PATH … | --tokens IDS.npy) --out DIR [more …]"
+    parser.usage = (
+        "headwater study NAME MODEL … (--text PATH … | --tokens IDS.npy) --out DIR [more …]"
+    )
     parser.add_argument("study", metavar="NAME", help=f"one of {', '.join(NAMES)}")
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="models as `extract --model` takes them"
