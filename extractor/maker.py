@@ -9,17 +9,23 @@ from datetime import UTC, datetime
 import torch
 
 from headwater.kernels.cpu import products
+from headwater.kernels.gpu import launch
 from headwater.store.entry import MADE_BY
 from headwater.store.version import __version__
 
 
 def made_by(device: str = "cpu") -> dict[str, object]:
     """Name the software and the kind of processor: on one kind, the same request gives the same bytes."""
+    # The compiler and the block sizes decide in which order a GPU adds.
+    kernels = {}
+    if device != "cpu":
+        kernels["kernels"] = launch.identity()
     return {
         "headwater": __version__,
         "torch": torch.__version__,
         "processor": processor(device),
         "products": _products(device),
+        **kernels,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -27,7 +33,7 @@ def made_by(device: str = "cpu") -> dict[str, object]:
 def maker(device: str = "cpu") -> dict[str, str]:
     """Return of `made_by` what decides a value's last bits."""
     made = made_by(device)
-    return {what: str(made[what]) for what in MADE_BY}
+    return {what: str(made[what]) for what in MADE_BY if what in made}
 
 
 def _products(device: str) -> str:

@@ -12,7 +12,7 @@ from headwater.store.files import json_sum, to_json
 from headwater.store.raw import check_files, from_raw
 
 # What two makers of one run must have in common for their last bits to agree, by its name in a manifest's `made_by`.
-MADE_BY = ("processor", "torch", "products", "headwater")
+MADE_BY = ("processor", "torch", "products", "kernels", "headwater")
 ADVICE = "Run `headwater verify --repair` on the run: what it held is then computed again."
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -50,6 +52,16 @@ def parse(text: str) -> Config:
     return Config(
         int(m), int(n), int(warps), int(stages), int(cap) if cap else None, tma is not None
     )
+
+
+def identity() -> str:
+    """Name what decides the last bits of the kernels: Triton's version, and a digest of the launch table."""
+    try:
+        compiler = f"triton {version('triton')}"
+    except PackageNotFoundError:
+        return "torch"
+    rows = sorted((str(key), sorted(row.items())) for key, row in TABLE.items())
+    return f"{compiler}, table {sha256(repr(rows).encode()).hexdigest()[:12]}"
 
 
 def arch_of(device: torch.device) -> str:
