@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from headwater.benchmarks.lib.measure import gemm_rate, interleave, ratio, write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.block import Worker
 from headwater.extractor.in_memory import capture
 from headwater.extractor.model.batch import make_batch
@@ -139,7 +140,7 @@ def stored_error(run: Run, checkpoint: Checkpoint) -> float:
 
 def run(
     size: str, seq_len: int, n: int, rounds: int, folder: Path, compute: str = "fp32"
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Measure everything in `folder` and return the rows of the results."""
     with_head = make_model(folder / "model", size, seq_len).to(COMPUTE[compute])
     checkpoint = load_checkpoint(str(folder / "model"))
@@ -170,7 +171,7 @@ def run(
     limit = gemm_rate(
         micro * seq_len, checkpoint.config.d_model, checkpoint.config.d_mlp, COMPUTE[compute]
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name in cases:
         best = min(seconds[name])
         head = name in ("loss", "transformers, head")

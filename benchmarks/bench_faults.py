@@ -14,15 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from headwater.benchmarks import bench_fuzz, bench_serve
 from headwater.benchmarks.breaking import faults, flips, fuzz_cases, kill
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.page import put_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
-Row = dict[str, Any]
+Row = Row
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import argparse
 import os
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from headwater.analysis.interventions.prompts import Pair
 from headwater.analysis.interventions.replay import Replay
 from headwater.benchmarks.bench_extract import SIZES
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.model.batch import make_batch
 from headwater.extractor.model.forward import Model
 from headwater.extractor.model.tap import NoTap
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     n_layers = options.pairs * options.steps * sum(n_layer - depth for depth in depths)
     plain = Plain(model, replay, options.prompt)
     sweep(replay, pairs[:2], depths[:1], options.steps), plain.layers(1), plain.logits(1)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for _ in range(options.rounds):
         seconds = sweep(replay, pairs, depths, options.steps)
         layers = plain.layers(n_layers)

@@ -23,6 +23,7 @@ import numpy as np
 import headwater
 from headwater.benchmarks.breaking import faults
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.lib.serving import Server, ask_and_wait, memory_of
 from headwater.service.client import Client
 from headwater.store.entry import Entry, encode
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def make_root(root: Path, n_sequences: int, n_positions: int = 64, **sizes: int) -> dict[str, Any]:
+def make_root(root: Path, n_sequences: int, n_positions: int = 64, **sizes: int) -> Row:
     """Put a model and ids into a root; return the document of a job over them."""
     faults.make_model(root / "model", n_positions, **sizes)
     ids = np.random.default_rng(0).integers(0, 97, (n_sequences, n_positions)).astype(np.int32)
@@ -89,7 +90,7 @@ def make_root(root: Path, n_sequences: int, n_positions: int = 64, **sizes: int)
     return {"model": "model", "tokens": "ids.npy", "preset": "all", "block": 2, "threads": 1}
 
 
-def read_together(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+def read_together(root: Path, options: argparse.Namespace) -> Row:
     """Let readers fetch random slices of a finished run, and of the one that a job writes, while it is written."""
     document = make_root(root, 256)
     whole = headwater.extract(headwater.RunConfig(**_local(root, document, "whole")))
@@ -184,7 +185,7 @@ def _read(
             problems.append(f"{run} {site}[{lead}, {sequence}] differs")
 
 
-def kill_often(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+def kill_often(root: Path, options: argparse.Namespace) -> Row:
     """Kill the server at random moments of one job; the run must end with the bytes of an undisturbed one."""
     document = make_root(root, 512)
     headwater.extract(headwater.RunConfig(**_local(root, document, "whole")))
@@ -223,7 +224,7 @@ def _wait_for_more(server: Server, number: int, n_done: int) -> None:
     )
 
 
-def open_large(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+def open_large(root: Path, options: argparse.Namespace) -> Row:
     """Ask for what the page asks for, on a run of many gigabytes whose shards are holes but for the first block."""
     document = make_root(root, 16, 512, n_layer=12, n_head=12, n_embd=96) | {
         "block": 16,
@@ -260,7 +261,7 @@ def open_large(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def bear_load(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+def bear_load(root: Path, options: argparse.Namespace) -> Row:
     """Hold idle connections and large slices that nobody reads; see how soon the server answers, and its memory."""
     rows = 1 << 13
     document = make_root(root, rows) | {"block": rows, "sites": ["resid"], "dtype": "float32"}
@@ -345,7 +346,7 @@ def _longer(spec: Any, n: int) -> Any:
     return replace(spec, shape=(*spec.shape[:at], n, *spec.shape[at + 1 :]))
 
 
-def _local(root: Path, document: dict[str, Any], out: str) -> dict[str, Any]:
+def _local(root: Path, document: Row, out: str) -> Row:
     return document | {
         "model": str(root / "model"),
         "tokens": str(root / "ids.npy"),

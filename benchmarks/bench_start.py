@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from headwater.benchmarks.lib.measure import interleave, write_csv
+from headwater.benchmarks.lib.rows import Row
 
 GOALS = {"headwater --help": 0.25, "import headwater": 0.1, "extract": 3.0}
 TEXT = "Water runs downhill, and the headwater is where it starts. " * 20
@@ -36,7 +36,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def run(rounds: int, folder: Path) -> list[dict[str, Any]]:
+def run(rounds: int, folder: Path) -> list[Row]:
     """Start every process once a round and return the rows of the results."""
     outs = iter(range(sys.maxsize))
 

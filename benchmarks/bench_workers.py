@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from headwater.benchmarks.bench_extract import SIZES, STATISTICS, make_model
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.cluster.members import busy_seconds
 from headwater.extractor.request import RunConfig
 from headwater.extractor.run import Progress, extract
@@ -49,7 +49,7 @@ class Clock:
             self.seen.append((time.perf_counter(), time.process_time(), progress.n_tokens))
 
 
-def timed(config: RunConfig, case: str, skip: int) -> dict[str, Any]:
+def timed(config: RunConfig, case: str, skip: int) -> Row:
     """Extract a run and return its row; the first `skip` blocks only start the clock."""
     clock = Clock()
     start = time.perf_counter()
@@ -74,9 +74,7 @@ def timed(config: RunConfig, case: str, skip: int) -> dict[str, Any]:
     }
 
 
-def compute_bound(
-    size: str, seq_len: int, n_blocks: int, rounds: int, folder: Path
-) -> list[dict[str, Any]]:
+def compute_bound(size: str, seq_len: int, n_blocks: int, rounds: int, folder: Path) -> list[Row]:
     """Measure in-process, one and two workers in turn on statistics, which cost much arithmetic and few bytes."""
     make_model(folder / "model", size, seq_len)
     block = max(2048 // seq_len, 1)
@@ -84,7 +82,7 @@ def compute_bound(
         0, SIZES[size][-1], (n_blocks * block, seq_len), dtype=np.int32
     )
     np.save(folder / "ids.npy", ids)
-    rows: list[list[dict[str, Any]]] = []
+    rows: list[list[Row]] = []
     for i in range(rounds):
         row = []
         for workers in (0, 1, 2):
@@ -104,7 +102,7 @@ def compute_bound(
     return sorted((each for row in rows for each in row), key=lambda each: int(each["workers"]))
 
 
-def tiny_blocks(n_blocks: int, folder: Path) -> dict[str, Any]:
+def tiny_blocks(n_blocks: int, folder: Path) -> Row:
     """Measure what a block costs when there is next to nothing to compute."""
     make_model(folder / "tiny", "tiny", 16)
     np.save(folder / "tiny.npy", np.zeros((n_blocks, 16), np.int32))

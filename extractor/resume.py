@@ -11,7 +11,8 @@ from headwater.extractor.maker import maker
 from headwater.extractor.model.weights import Checkpoint
 from headwater.extractor.plan import Geometry, Plan, geometry, make_plan
 from headwater.extractor.request import RunConfig
-from headwater.extractor.text.documents import STDIN, describe_sources, expand_paths
+from headwater.extractor.text.documents import STDIN, describe_sources
+from headwater.extractor.text.paths import expand_paths
 from headwater.extractor.text.source import outside, text_request
 from headwater.store.entry import different
 from headwater.store.manifest import Manifest, RunError

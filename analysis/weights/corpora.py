@@ -10,7 +10,8 @@ import numpy as np
 from headwater.analysis.measures.sink_rows import segments
 from headwater.analysis.weights.npmi import Corpus, join_pieces
 from headwater.extractor.model.weights import Checkpoint
-from headwater.extractor.text.documents import expand_paths, iter_documents
+from headwater.extractor.text.documents import iter_documents
+from headwater.extractor.text.paths import expand_paths
 from headwater.extractor.tokenizer import encode_documents, load_run_tokenizer, load_tokenizer
 from headwater.store.manifest import RunError, manifest_path
 from headwater.store.place import place_of

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.request import RunConfig
 from headwater.store.manifest import manifest_path
 from headwater.store.reader import open_run
@@ -38,7 +39,7 @@ CHANGES = (
 SITES = ("resid", "pattern", "attn_entropy", "attn_argmax", "loss")
 ENDED = 77
 SECONDS = 120
-Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Hook = Callable[[str, Callable[..., Any], tuple[Any, ...], Row], Any]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -134,9 +135,7 @@ def end_at(n: int, torn: bool = False) -> Hook:
     """Return a hook that ends the process, as a crash does, before the n-th operation (or half-way through a write)."""
     count = iter(range(sys.maxsize))
 
-    def hook(
-        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Row) -> Any:
         if next(count) == n:
             if torn and "write" in name:
                 function(args[0], memoryview(args[1])[: len(args[1]) // 2], *args[2:])
@@ -150,9 +149,7 @@ def fail_at(n: int, number: int, once: bool) -> Hook:
     """Return a hook that raises OSError `number` at the n-th operation `once`, or at every write from it on."""
     count = iter(range(sys.maxsize))
 
-    def hook(
-        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Row) -> Any:
         at = next(count)
         if at == n if once else at >= n and name in ("write", "pwrite", "mkdir"):
             raise OSError(number, os.strerror(number))
@@ -165,9 +162,7 @@ def count_operations(action: Callable[[], object]) -> list[str]:
     """Run an action and return the names of its disk operations in order."""
     names: list[str] = []
 
-    def hook(
-        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Row) -> Any:
         names.append(name)
         return function(*args, **kwargs)
 

@@ -13,12 +13,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import numpy as np
 
 from headwater.benchmarks.breaking import faults
+from headwater.benchmarks.lib.rows import Row
 from headwater.store import layout, shard_file
 from headwater.store.entry import LedgerError
 from headwater.store.manifest import RunDamaged
@@ -215,7 +215,7 @@ def _outcome(reader: Callable[[Run], Digests], run: Run | Path, expected: Digest
     return "wrong"
 
 
-def _digests(values: dict[str, Any]) -> Digests:
+def _digests(values: Row) -> Digests:
     return {
         name: _digest(
             repr(list(map(str, array.flat))).encode()

@@ -28,6 +28,7 @@ from headwater.benchmarks.breaking.mutate import (
     mutate_text,
     mutate_words,
 )
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.run import extract
 from headwater.store.files import json_sum, to_json
 
@@ -169,7 +170,7 @@ def _hostile(folder: Path, random: Random) -> _Planted:
     return random.choice(calls)
 
 
-def _nanogpt(width: int, positions: int, vocabulary: int) -> dict[str, Any]:
+def _nanogpt(width: int, positions: int, vocabulary: int) -> Row:
     """Return the tensors of a nanoGPT model of one layer without biases."""
     import torch
 
@@ -490,7 +491,7 @@ def documents(folder: Path, random: Random) -> Command:
 
 def job(folder: Path, random: Random) -> Command:
     """Documents of jobs, resolved and run as the server does; no edit may call a function."""
-    valid: tuple[tuple[str, dict[str, Any]], ...] = (
+    valid: tuple[tuple[str, Row], ...] = (
         (
             "extract",
             {

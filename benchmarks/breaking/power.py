@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from headwater.benchmarks.breaking import faults
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.request import RunConfig
 from headwater.extractor.run import extract
 from headwater.store.ledger import Ledger
@@ -172,9 +173,7 @@ def recorder(top: Path, events: list[Event]) -> faults.Hook:
             return os.path.relpath(whole, top)
         return None
 
-    def hook(
-        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Row) -> Any:
         folder = kwargs.get("dir_fd")
         paths = []
         if name in ("open", "mkdir", "unlink", "rmdir"):
@@ -205,9 +204,7 @@ def record(config: RunConfig, end: int | Event | None = None) -> list[Event]:
     note = recorder(run.parent, events)
     kept = run.parent.with_name(f"{run.parent.name}.events")
 
-    def hook(
-        name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def hook(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Row) -> Any:
         if (
             name in faults.CHANGES
             and events

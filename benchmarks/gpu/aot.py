@@ -26,12 +26,13 @@ from headwater.benchmarks.gpu.aot_cases import (
     table_cases,
 )
 from headwater.benchmarks.gpu.compiled import TARGETS, Compiled
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.registry import RESULTS as RESULTS_FOLDER
 
 RESULTS = RESULTS_FOLDER / "kernels_aot.csv"
 
 
-def row(case: Any, made: Compiled) -> dict[str, Any]:
+def row(case: Any, made: Compiled) -> Row:
     """Return one line of the results."""
     c = case.config
     return {
@@ -59,7 +60,7 @@ def row(case: Any, made: Compiled) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def _write(path: Path, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")

@@ -34,6 +34,7 @@ from headwater.benchmarks.lib.measure import (
     timed,
     write_csv,
 )
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.block import Worker
 from headwater.extractor.limits import device_bytes
 from headwater.extractor.model.batch import make_batch
@@ -93,7 +94,7 @@ class Extraction:
         self.entries.append(self._worker.extract_block(0, len(self.entries) + 1))
         self._ledger.commit(self.entries[-1])
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Row:
         """Return what a block holds and where its seconds went, medians over the calls."""
         names = ("compute", "wait", "copy", "encode", "write", "finish")
         return {"MB": sum(self.plan.array_bytes().values()) >> 20} | {
@@ -151,7 +152,7 @@ def disk_rate(folder: Path) -> float:
     return DISK_BYTES / min(timed(write) for _ in range(3))
 
 
-def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Measure everything in `folder` and return the rows of the results."""
     device = options.device
     compute = options.compute
@@ -234,7 +235,7 @@ def line(
     capture: Extraction | None,
     per_token: float,
     limits: Mapping[str, float],
-) -> dict[str, Any]:
+) -> Row:
     """Return one row: speed, ratios, shares of the limits and where the time went."""
     rate = options.sequences * options.seq_len / statistics.median(seconds[name])
     row = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.kernels.attention import attention
 from headwater.kernels.gpu.launch import HEAD_SIZES
 from headwater.kernels.output import AttentionOutput, ResidualOutput
@@ -91,7 +92,7 @@ def check(inputs: Inputs) -> list[str]:
     i = inputs
     dtype = inputs.q.dtype
     q, k, v = (x[:1, :, :2] for x in (i.q, i.k, i.v))
-    arguments: dict[str, Any] = {
+    arguments: Row = {
         "scale": i.scale,
         "row_start": i.start[:1],
         "pattern": "tiles",
@@ -178,7 +179,7 @@ def unfused_tap(i: Inputs, slot: torch.Tensor) -> ResidualOutput:
 
 def make_cases(i: Inputs, compiled: bool) -> dict[str, Callable[[], Any]]:
     """Return everything that is timed for a shape, by name."""
-    common: dict[str, Any] = {"scale": i.scale, "row_start": i.start}
+    common: Row = {"scale": i.scale, "row_start": i.start}
     slot = torch.empty_like(i.x, dtype=torch.float16)
     out = torch.empty_like(i.x)
     source = torch.empty(max(i.q.numel() * 8, 1 << 20), dtype=torch.uint8, device=i.q.device)
@@ -263,7 +264,7 @@ def _time_on_cpu(case: Callable[[], Any]) -> float:
 
 def report(
     model: str, n_positions: int, dtype: str, i: Inputs, seconds: dict[str, float]
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Turn seconds into lines: bytes a second against this run's copy, and how many times faster than the others."""
     copy = bytes_of("copy", i) / seconds["copy"]
     lines = []
@@ -298,7 +299,7 @@ def report(
     return lines
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> list[Row]:
     """Check and time every shape that the options ask for."""
     lines = []
     for model in options.models:

@@ -13,11 +13,12 @@ import numpy as np
 
 import headwater
 from headwater.analysis.streams.stream import READERS
+from headwater.benchmarks.lib.rows import Row
 from headwater.store.reader import Run
 
 K = 32
 READ_BYTES = 1 << 20
-Figures = dict[str, Any]
+Figures = Row
 
 
 def files_of(run: Run) -> list[Path]:

@@ -9,19 +9,19 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from headwater.benchmarks.lib.measure import gemm_rate
+from headwater.benchmarks.lib.rows import Row
 
 PIECE = 8 << 20
 
 
-def limits(folder: Path, megabytes: int = 256, rounds: int = 3) -> list[dict[str, Any]]:
+def limits(folder: Path, megabytes: int = 256, rounds: int = 3) -> list[Row]:
     """Measure every limit; the best of several rounds, in MB/s and GFLOP/s."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, take in _transfers(folder / "raw", megabytes).items():
         with suppress(OSError):  # a file system without O_DIRECT
             seconds = min(take() for _ in range(rounds))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.registry import RESULTS
 from headwater.kernels.cpu import products
 
@@ -121,7 +122,7 @@ def results_folder() -> Path:
 
 def write_csv(
     name: str,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     folder: Path | None = None,
     keys: Sequence[str] | None = None,
     device: str = "cpu",

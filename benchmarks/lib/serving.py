@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.service.client import Client
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -88,7 +89,7 @@ class Server:
             self._process.send_signal(signal.SIGINT)
         return str(self._process.communicate(timeout=LIMIT)[1])
 
-    def wait_for(self, number: int, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def wait_for(self, number: int, condition: Callable[[Row], bool]) -> Row:
         """Wait until a job is as wanted; return it."""
         end = time.monotonic() + LIMIT
         while not condition(job := self.client.get(f"/jobs/{number}")):
@@ -97,7 +98,7 @@ class Server:
             time.sleep(0.02)
         return dict(job)
 
-    def finish(self, number: int) -> dict[str, Any]:
+    def finish(self, number: int) -> Row:
         """Wait until a job has ended; return it."""
         return self.wait_for(number, lambda job: job["state"] not in ("queued", "running"))
 

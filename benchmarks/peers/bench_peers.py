@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from headwater.benchmarks.bench_extract import SIZES
 from headwater.benchmarks.lib.limits import limits
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.peers.environments import (
     HEADWATER,
     PEERS,
@@ -55,7 +55,7 @@ class Case:
         self.unsynced: list[float] = []
         self.ratios: list[float] = []
         self.place = ""
-        self.row: dict[str, Any] = {}
+        self.row: Row = {}
 
     def begin(self, function: str, warm: bool = True) -> float:
         """Tell the process what to capture and let it capture once, uncounted; return the seconds."""
@@ -93,7 +93,7 @@ class Case:
         self.row |= {"values_checked": sum(v.size for v in values if v is not None)}
         self.row |= {"read_ms": round(1e3 * statistics.median(seconds), 3)}
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Row:
         """Return the row of this case."""
         seconds = statistics.median(self.seconds)
         ratio = statistics.median(self.ratios)
@@ -155,14 +155,14 @@ def measure_workload(
     work: Workload,
     rounds: tuple[int, int],
     folder: Path,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Warm up, check and time every process at one workload; return the rows.
 
     The first process is the plain forward. `rounds` are those of Headwater and those of its peers; a slow peer's only
     pass is not preceded by a warm one, and is checked after it.
     """
     cases: list[Case] = []
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for process in processes[1:]:
         if work.function not in process.workloads:
             rows.append({"case": process.peer.name, "problem": "it does not capture this"})
@@ -225,7 +225,7 @@ def iter_tables(
     folder: Path,
     peers: Sequence[Peer] = PEERS,
     keep: bool = False,
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+) -> Iterator[tuple[str, list[Row]]]:
     """Measure one workload after another, then the machine; yield ("peers", rows) for each, then ("limits", rows)."""
     inputs = {name: prepare(work, size, rounds[0] + 2, cache) for name, work in workloads.items()}
     functions = sorted({"plain", *(work.function for work in workloads.values())})
@@ -283,7 +283,7 @@ COLUMNS = (
 )
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def show(rows: list[Row]) -> None:
     """Print rows as a table."""
     for row in rows:
         if row["case"] == "plain":
@@ -301,7 +301,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def show_limits(rows: list[dict[str, Any]]) -> None:
+def show_limits(rows: list[Row]) -> None:
     """Print what the machine can do."""
     print()
     for row in rows:

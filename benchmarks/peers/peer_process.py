@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.peers.environments import DRIVERS, HEADWATER, Peer, PeerMissing
 from headwater.benchmarks.peers.truth import Place
 from headwater.extractor.idle import IDLE_THREADS
@@ -56,10 +57,10 @@ class PeerProcess:
             self.process.stdin.flush()
         self.waiting += 1
 
-    def hear(self) -> dict[str, Any]:
+    def hear(self) -> Row:
         """Return the answer to the last command; raise PeerMissing where any since the last answer failed."""
         assert self.process.stdout is not None
-        answer: dict[str, Any] = {}
+        answer: Row = {}
         while self.waiting:
             self.waiting -= 1
             if not (line := self.process.stdout.readline()):
@@ -71,7 +72,7 @@ class PeerProcess:
                 raise PeerMissing(answer["error"])
         return answer
 
-    def ask(self, do: str, **request: Any) -> dict[str, Any]:
+    def ask(self, do: str, **request: Any) -> Row:
         """Send a command and return its answer."""
         self.tell(do, **request)
         return self.hear()

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.peers.environments import Peer, PeerMissing, python_of
 from headwater.benchmarks.peers.peer_process import PeerProcess
 from headwater.benchmarks.peers.truth import Place
@@ -48,9 +48,9 @@ class Work:
         ]
 
 
-def survive(peers: Sequence[Peer], work: Work, cache: Path, folder: Path) -> list[dict[str, Any]]:
+def survive(peers: Sequence[Peer], work: Work, cache: Path, folder: Path) -> list[Row]:
     """Kill every peer at several moments; return a row for each kill."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for peer in peers:
         try:
             python = python_of(peer, cache, install=False)
@@ -63,11 +63,11 @@ def survive(peers: Sequence[Peer], work: Work, cache: Path, folder: Path) -> lis
     return [{"sequences": work.n, "storage": _storage(peers, row)} | columns | row for row in rows]
 
 
-def _storage(peers: Sequence[Peer], row: dict[str, Any]) -> str:
+def _storage(peers: Sequence[Peer], row: Row) -> str:
     return next(peer.storage for peer in peers if peer.name == row["case"])
 
 
-def _kill_one(peer: Peer, python: str, work: Work, folder: Path) -> list[dict[str, Any]]:
+def _kill_one(peer: Peer, python: str, work: Work, folder: Path) -> list[Row]:
     folder.mkdir(parents=True)
     rows = []
     with closing(_started(peer, python, work, folder)) as reader:
@@ -114,7 +114,7 @@ def _capture_and_kill(peer: Peer, python: str, work: Work, target: Path, size: f
 
 def _inspect(
     reader: PeerProcess, work: Work, target: Path, expected: list[np.ndarray | None]
-) -> dict[str, Any]:
+) -> Row:
     """Read back what a killed process left, then capture again into the same folder."""
     out = str(target / "0")
     found, _ = reader.read(out, work.places, work.batch, missing=True)

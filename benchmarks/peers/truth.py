@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from headwater.benchmarks.lib.rows import Row
+
 ABSOLUTE = 1e-4
 RELATIVE = 1e-3
 STATISTICS = (
@@ -34,7 +36,7 @@ class Truth:
     def of(model: Path, tokens: Path, file: Path, n_positions: int = 8) -> Truth:
         """Load the reference from `file`, or compute it and keep it there."""
         if not file.exists():
-            values: dict[str, Any] = _compute(model, np.load(tokens), n_positions)
+            values: Row = _compute(model, np.load(tokens), n_positions)
             np.savez(file, **values)
         with np.load(file) as stored:
             return Truth(dict(stored))
@@ -83,7 +85,7 @@ class Truth:
         row = self.values["pattern"][layer, sequence, at]
         position = int(self.positions[sequence][at])
         key = np.arange(row.shape[-1])
-        of: dict[str, Any] = {
+        of: Row = {
             "attn_entropy": lambda: (
                 -np.where(row > 0, row * np.log(np.where(row > 0, row, 1)), 0).sum(-1)
             ),

@@ -9,11 +9,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from headwater.benchmarks.lib.measure import peak_bytes, write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.extractor.model.weights import ModelConfig
 from headwater.extractor.plan import geometry, make_plan
 from headwater.extractor.request import RunConfig
@@ -62,7 +62,7 @@ def _entry(block: int) -> Entry:
     )
 
 
-def measure(run: Path) -> dict[str, Any]:
+def measure(run: Path) -> Row:
     """Open the ledger in this process: count its committed blocks, and what a driver asks before it starts."""
     before = peak_bytes()
     start = time.perf_counter()
@@ -78,7 +78,7 @@ def measure(run: Path) -> dict[str, Any]:
     }
 
 
-def measure_plan(n_blocks: int) -> dict[str, Any]:
+def measure_plan(n_blocks: int) -> Row:
     """Plan a run of GPT-2 small with `n_blocks` blocks, and list those that are missing."""
     before = peak_bytes()
     start = time.perf_counter()

@@ -8,17 +8,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from headwater.benchmarks.lib.measure import interleave, ratio, write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.store.layout import make_spec
 from headwater.store.ring import Slab
 from headwater.store.shard import ShardWriter, round_up
 
 
-def run(megabytes: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+def run(megabytes: int, rounds: int, folder: Path) -> list[Row]:
     """Write one shard of `megabytes` in every way, with its fsync; return the rows of the results."""
     n = max(megabytes // 2, 2)
     sizes = {"sequence": n, "position": 1024, "d_model": 1024}

@@ -16,18 +16,18 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from headwater.benchmarks.lib.measure import interleave, ratio, write_csv
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.storage.stores import BLOCK, STORES, Headwater, Store
 from headwater.store.layout import make_spec
 
 VECTORS = 200
 
 
-def run(megabytes: int, rounds: int, folder: Path, d_model: int = 1024) -> list[dict[str, Any]]:
+def run(megabytes: int, rounds: int, folder: Path, d_model: int = 1024) -> list[Row]:
     """Measure every store in turn; return a row for each."""
     n = max(megabytes * (1 << 20) // (2048 * d_model), 2)
     sizes = {"sequence": n, "position": 1024, "d_model": d_model}
@@ -58,7 +58,7 @@ def run(megabytes: int, rounds: int, folder: Path, d_model: int = 1024) -> list[
     size = values.nbytes / 1e6
     rows = []
     for store in stores:
-        row: dict[str, Any] = {"case": store.name, "MB": round(size, 1)}
+        row: Row = {"case": store.name, "MB": round(size, 1)}
         for what, seconds in times.items():
             row[f"{what}_MB_per_second"] = round(size / statistics.median(seconds[store.name]))
             row[f"{what}_x"] = round(ratio(seconds, Headwater.name, store.name), 2)

@@ -17,6 +17,7 @@ import tokenizers
 import torch
 import transformers
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.training.demo_text import (
     END_OF_TEXT,
     read_corpus,
@@ -79,7 +80,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 @torch.inference_mode()
-def describe(folder: Path, windows: torch.Tensor) -> dict[str, Any]:
+def describe(folder: Path, windows: torch.Tensor) -> Row:
     """Return what saved weights show on windows: where the second half's queries look, and the largest residuals.
 
     By layer: the mean share of all heads, and the strongest head with its share. value_length: mean length of that
@@ -128,7 +129,7 @@ def describe(folder: Path, windows: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _by_head(share_N: torch.Tensor) -> dict[str, Any]:
+def _by_head(share_N: torch.Tensor) -> Row:
     """Return the mean share of a layer's heads, and the strongest head with its share."""
     return {
         "share": round(float(share_N.mean()), 4),
@@ -137,7 +138,7 @@ def _by_head(share_N: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _largest(depth: int, x_BTD: torch.Tensor) -> dict[str, Any]:
+def _largest(depth: int, x_BTD: torch.Tensor) -> Row:
     """Return the largest activation of one depth."""
     _, position, dimension = torch.unravel_index(x_BTD.abs().argmax(), x_BTD.shape)
     return {
@@ -157,7 +158,7 @@ def _line_breaks(folder: Path) -> torch.Tensor:
     return found
 
 
-def write_card(folder: Path, facts: dict[str, Any]) -> None:
+def write_card(folder: Path, facts: Row) -> None:
     """Write training.json and the card."""
     shown = facts["weights_show"]
     lines = [

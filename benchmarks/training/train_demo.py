@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.training.demo_card import (
     DEMO,
     N_WINDOWS,
@@ -40,7 +41,7 @@ from headwater.benchmarks.training.demo_text import (
     train_tokenizer,
 )
 
-SHAPE: dict[str, Any] = {
+SHAPE: Row = {
     "n_layer": 6,
     "n_head": 8,
     "n_embd": 256,
@@ -67,7 +68,7 @@ def save_model(
     folder: Path,
     model: Any,
     tokenizer: tokenizers.Tokenizer,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write configuration, weights, tokenizer and the course of training."""
@@ -91,9 +92,9 @@ def save_checkpoint(
     folder: Path,
     model: Any,
     tokenizer: tokenizers.Tokenizer,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: Row,
 ) -> None:
     """Write float32 weights, which `headwater dynamics` reads, and what is needed to go on; optimizer.pt comes last."""
     save_model(folder, model, tokenizer, rows, torch.float32)
@@ -132,7 +133,7 @@ def train(
     tokenizer: tokenizers.Tokenizer,
     stream: torch.Tensor,
     val: torch.Tensor,
-) -> tuple[Any, list[dict[str, Any]]]:
+) -> tuple[Any, list[Row]]:
     """Train until the steps, or the minutes, are used up; the learning rate follows whichever is further along."""
     end = tokenizer.get_vocab()[END_OF_TEXT]
     model = make_model(end, args.seed)
@@ -142,7 +143,7 @@ def train(
         compiled = torch.compile(model)
     step = 0
     before = 0.0
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     recent: list[float] = []
     if args.resume:
         state = torch.load(args.resume / "optimizer.pt", weights_only=True)

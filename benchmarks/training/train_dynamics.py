@@ -22,6 +22,7 @@ import torch
 import transformers
 from torch.nn.functional import cross_entropy
 
+from headwater.benchmarks.lib.rows import Row
 from headwater.benchmarks.registry import RESULTS
 from headwater.extractor.in_memory import capture
 from headwater.extractor.model.forward import Model
@@ -135,7 +136,7 @@ def make_model(sizes: Sizes, seed: int) -> Any:
     )
 
 
-def measure(model: Any, rows: np.ndarray) -> dict[str, Any]:
+def measure(model: Any, rows: np.ndarray) -> Row:
     """Return the largest |x| of the residual stream and the first-token share of the second-half queries."""
     config = ModelConfig.from_hf(model.config.to_dict(), "config")
     tensors = {
@@ -161,7 +162,7 @@ def measure(model: Any, rows: np.ndarray) -> dict[str, Any]:
 
 def train(
     model: Any, optimizer: Adam, task: Task, n_steps: int, warmup: int, test: torch.Tensor
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Row]:
     """Train at a constant rate after a linear warm-up; yield figures every few steps, before the step is taken."""
     sizes = task.sizes
     rate = 0.0
@@ -191,7 +192,7 @@ def losses(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
 
 
-def run_seed(sizes: Sizes, seed: int, write: Callable[[dict[str, Any]], None]) -> None:
+def run_seed(sizes: Sizes, seed: int, write: Callable[[Row], None]) -> None:
     """Train one model from scratch, then go on from it in all eight ways, each with the same further rows."""
     task = Task(sizes, seed)
     test = task.rows(N_ROWS)
@@ -234,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     with args.out.open("w", newline="", encoding="utf-8") as file:
         writer: Any = None
 
-        def write(row: dict[str, Any]) -> None:
+        def write(row: Row) -> None:
             nonlocal writer
             if writer is None:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")

@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from headwater.benchmarks.lib.measure import write_csv
+from headwater.benchmarks.lib.rows import Row
 
 READOUT = 0
 SIGNALS = (1, 2, 3, 4)
@@ -166,7 +166,7 @@ def signal_orders(p: Tensors, at: int) -> np.ndarray:
     return (q[:, None] * (p["w_k"][at] @ table.T + p["b_k"][at][:, None]))[:, SIGNALS].numpy()
 
 
-def analyse(folder: Path, p: Tensors, at: int, n: int = 256) -> dict[str, Any]:
+def analyse(folder: Path, p: Tensors, at: int, n: int = 256) -> Row:
     """Extract a run of one model, compare its heads, and return what was found beside the known answer."""
     import headwater
     from headwater.analysis.measures.favourites import favourites
@@ -204,7 +204,7 @@ def analyse(folder: Path, p: Tensors, at: int, n: int = 256) -> dict[str, Any]:
     }
 
 
-def run(seeds: list[int], steps: int) -> list[dict[str, Any]]:
+def run(seeds: list[int], steps: int) -> list[Row]:
     """Train and analyse a model for every seed; return a row for each."""
     start = time.perf_counter()
     p, losses = train(seeds, steps)

@@ -7,12 +7,9 @@ order mark at the start of a file is dropped, line ends stay.
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -24,9 +21,26 @@ import pyarrow.compute
 import pyarrow.csv
 import pyarrow.parquet
 
+from headwater.extractor.text.columns import (
+    MASK,
+    SURROGATE,
+    check_label,
+    check_text,
+    is_ids,
+    is_temporal,
+    text_or_ids,
+    values_of,
+)
+from headwater.extractor.text.paths import (
+    KINDS,
+    first_bytes,
+    how_to_convert,
+    kind_of,
+    name_all,
+    unpacked_name,
+)
 from headwater.extractor.text.unpack import (
     MOST_UNPACKED,
-    PACKINGS,
     STDIN,
     UNPACK_ERRORS,
     Stream,
@@ -45,56 +59,16 @@ __all__ = [
     "Tally",
     "TextError",
     "describe_sources",
-    "expand_paths",
     "iter_documents",
-    "kind_of",
 ]
 
 Label = int | float | str | bool | None
 
-KINDS = {
-    "text": (
-        ".txt",
-        ".text",
-        ".md",
-        ".markdown",
-        ".rst",
-        ".tex",
-        ".py",
-        ".c",
-        ".h",
-        ".cpp",
-        ".js",
-        ".ts",
-        ".rs",
-        ".go",
-        ".java",
-        ".sh",
-    ),
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "parquet": (".parquet", ".pq"),
-    "arrow": (".arrow", ".feather", ".ipc"),
-    "csv": (".csv", ".tsv"),
-}
-SUFFIXES = tuple(chain.from_iterable(KINDS.values()))
 ROWS_PER_BATCH = 64
 CSV_BLOCK = 16 << 20
 TEXT_CHUNK = 4 << 20
 # A line is held three times while it is decoded and parsed.
 LONGEST_LINE = 128 << 20
-# What a dataset's folder holds beside its tables.
-CARDS = re.compile(r"(readme|licen[cs]e|citation|changelog)(\.(md|markdown|txt|text|rst))?", re.I)
-METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-CARD_START = b"---\n"  # the YAML with which the card of a dataset begins
-URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.I)
-FETCH = {
-    "s3": "Copy it here first, for example with `aws s3 cp`",
-    "gs": "Copy it here first, for example with `gsutil cp`",
-    "hf": "Fetch it first, for example with `hf download --repo-type dataset`",
-    "file": "Write the path alone",
-}
-# Pairs of keys that a turn of a conversation has: who speaks, and what is said.
-TURNS = (("role", "content"), ("from", "value"))
 
 
 @dataclass(frozen=True)
@@ -132,21 +106,11 @@ class Tally:
     streams: list[Stream] = field(default_factory=list)
 
 
-def expand_paths(arguments: Sequence[str]) -> list[Path]:
-    """List the files that arguments name: files, directories, globs with `**`, and "-" for standard input.
-
-    Of a directory the files with a known suffix are taken, at every depth, in sorted order; hidden ones are skipped,
-    and where there are tables or JSON lines, so are README, LICENSE and the metadata of the `datasets` library. Of a
-    folder that `datasets` saved to disk, the files that its state.json lists are taken. A file that several arguments
-    name is read once. Raises TextError for an argument that names no file.
-    """
-    return list(dict.fromkeys(chain.from_iterable(_matches(argument) for argument in arguments)))
-
-
 def describe_sources(paths: Iterable[Path]) -> list[dict[str, str | int]]:
     """Return path, size in bytes and sha256 of each file; what is read once is left out (see `Tally.streams`)."""
     described: list[dict[str, str | int]] = []
     for path in paths:
+        # A stream cannot be read twice; its digest is made while it is read.
         if not read_once(path):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -180,6 +144,7 @@ def iter_documents(
                     tally.skipped += 1
                     continue
                 tally.documents += 1
+                # The labels of one row, in the order in which they were asked for.
                 named = dict(zip(labels, row.labels, strict=True))
                 if isinstance(row.text, str):
                     yield Document(str(path), row.number, row.text, named, row.more)
@@ -191,111 +156,8 @@ def iter_documents(
             if "straddl" in reason:
                 advice = f"A row is longer than {CSV_BLOCK} bytes; write the table as Parquet or JSON lines."
             elif chosen == "csv" and ("UTF8" in reason or "utf-8" in reason):
-                advice = f"It is not UTF-8. {_convert(_first_bytes(path))}"
+                advice = f"It is not UTF-8. {how_to_convert(first_bytes(path))}"
             raise TextError(f"{path} cannot be read as {chosen}: {reason}. {advice}") from error
-
-
-def kind_of(path: Path) -> str:
-    """Tell the format of a file, one of KINDS, by its suffix; of a zip archive also by that of its one file."""
-    packing = packing_of(path)
-    name = path.name.lower().removesuffix(packing)
-    if packing == ".zip" and not name.endswith(SUFFIXES) and path.is_file():
-        name = zip_member(path).lower()
-    suffix = Path(name).suffix
-    return next((kind for kind, suffixes in KINDS.items() if suffix in suffixes), "text")
-
-
-def _matches(argument: str) -> list[Path]:
-    path = Path(argument).expanduser()
-    if argument == "-":
-        return [STDIN]
-    refuse_url("--text", argument)
-    if argument and path.is_dir():
-        if found := _documents_of(path):
-            return found
-        raise TextError(
-            f"directory {argument!r} holds no file ending in {', '.join(SUFFIXES)}, plain or compressed "
-            f"({' '.join(PACKINGS)}). Name the files themselves, or a glob."
-        )
-    if argument and path.exists():
-        return [path]
-    if found := [
-        Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)
-    ]:
-        return found
-    raise TextError(
-        f"there is no file {argument!r}, and as a glob it matches none; expected a file, a directory, a "
-        "glob, or '-' for standard input. Check the path."
-    )
-
-
-def refuse_url(flag: str, argument: str) -> None:
-    """Raise TextError for an address, and say how to fetch what it names."""
-    if (url := URL.match(argument)) and not Path(argument).exists():
-        advice = FETCH.get(url[1].lower(), "Fetch it first, for example with `curl -LO`")
-        if flag == "--text" and url[1] != "file":
-            pipe = ", or pipe it into `--text -`"
-        else:
-            pipe = ""
-        raise TextError(
-            f"{flag} {argument!r} is an address, and Headwater reads text and ids from this machine only, so that "
-            f"it can compare them when a run goes on. {advice}{pipe}."
-        )
-
-
-def _documents_of(directory: Path) -> list[Path]:
-    """List a directory's files without what only describes its tables."""
-    found = list(_walk(directory))
-    described = [path for path in found if _describes(path)]
-    others = set(found) - set(described)
-    if any(kind_of_name(path.name) != "text" for path in others):
-        return [path for path in found if path in others]
-    return found
-
-
-def _describes(path: Path) -> bool:
-    """Tell whether a file is a card, metadata, or the script of a dataset, which stands beside a card."""
-    if path.suffix == ".py" and (card := path.with_name("README.md")).is_file():
-        with card.open("rb") as file:
-            return file.read(len(CARD_START)) == CARD_START
-    return bool(CARDS.fullmatch(path.name)) or path.name.lower() in METADATA
-
-
-def kind_of_name(name: str) -> str:
-    """Tell the format by a name alone."""
-    return kind_of(Path("/nowhere") / name)
-
-
-def _walk(directory: Path) -> Iterator[Path]:
-    if listed := _saved_to_disk(directory):
-        yield from listed
-        return
-    for entry in sorted(directory.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _walk(entry)
-        elif entry.is_file() and _unpacked_name(entry).endswith(SUFFIXES):
-            yield entry
-
-
-def _unpacked_name(path: Path) -> str:
-    return path.name.lower().removesuffix(packing_of(path))
-
-
-def _saved_to_disk(directory: Path) -> list[Path]:
-    """List the files of a folder that `datasets.Dataset.save_to_disk` wrote, in their order; none of another."""
-    try:
-        state = json.loads((directory / "state.json").read_bytes())
-        names = [item["filename"] for item in state["_data_files"]]
-        if state.get("_indices_files") or not all(Path(name).name == name for name in names):
-            return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return []
-    found = [directory / name for name in names]
-    if all(path.is_file() for path in found):
-        return found
-    return []
 
 
 class _Reader:
@@ -343,6 +205,7 @@ class _Reader:
                 "JSON lines, Parquet, Arrow or CSV. Convert it, or leave the labels out."
             )
         parts = _decoded(file, path)
+        # The first part comes with the row, the rest as it is asked for: memory holds 4 MB of a text of any length.
         text = next(parts, "").removeprefix("\ufeff")
         second = next(parts, None)
         more: Iterable[str] = ()
@@ -381,6 +244,7 @@ class _Reader:
         if kind == "parquet":
             with pa.parquet.ParquetFile(path) as file:
                 wanted = self._check(path, file.schema_arrow)
+                # Only the columns that were asked for are read; 64 rows at a time, since a row may be a whole book.
                 batches = file.iter_batches(ROWS_PER_BATCH, columns=wanted)
                 yield from self._batches(path, batches, file.schema_arrow)
             return
@@ -398,10 +262,11 @@ class _Reader:
     def _csv(self, path: Path) -> Iterator[Row]:
         tab = _is_tab_separated(path)
         with unpacked_path(path, self._limit) as whole:
+            # Twice: for the names and guessed types first, then with text and dates as strings, as they stand there.
             with _open_csv(whole, tab, {}, None) as head:
                 schema = head.schema
             wanted = self._check(path, schema, has_types=False)
-            kept = [name for name in wanted if name == self._column or _is_temporal(schema, name)]
+            kept = [name for name in wanted if name == self._column or is_temporal(schema, name)]
             types = dict.fromkeys(
                 kept, pa.string()
             )  # a CSV has no dates, only what looks like them
@@ -410,7 +275,7 @@ class _Reader:
 
     def _batches(self, path: Path, batches: Iterable[Any], schema: Any) -> Iterator[Row]:
         names = [self._column, *self._labels]
-        if _is_ids(schema, self._column) and MASK in schema.names:
+        if is_ids(schema, self._column) and MASK in schema.names:
             mask = MASK
         else:
             mask = None
@@ -418,13 +283,13 @@ class _Reader:
         for batch in batches:
             for start in range(0, batch.num_rows, ROWS_PER_BATCH):
                 part = batch.slice(start, ROWS_PER_BATCH)
-                columns = [_values(part.column(name)) for name in names]
+                columns = [values_of(part.column(name)) for name in names]
                 if mask:
-                    masks = _values(part.column(mask))
+                    masks = values_of(part.column(mask))
                 else:
                     masks = [None] * part.num_rows
                 for text, kept, *labels in zip(columns[0], masks, *columns[1:], strict=True):
-                    yield Row(row, _text_or_ids(text, kept, f"{path}, row {row}"), labels)
+                    yield Row(row, text_or_ids(text, kept, f"{path}, row {row}"), labels)
                     row += 1
 
     def _check(self, path: Path, schema: Any, has_types: bool = True) -> list[str]:
@@ -436,121 +301,16 @@ class _Reader:
                 else:
                     there = f"{count} columns {name!r}"
                 raise TextError(
-                    f"{path} has {there}; there are {_list(schema.names)}. Name another column."
+                    f"{path} has {there}; there are {name_all(schema.names)}. Name another column."
                 )
         if has_types:
-            _check_text(path, schema, self._column)
+            check_text(path, schema, self._column)
         for name in self._labels:
-            _check_label(path, schema, name)
+            check_label(path, schema, name)
         wanted = [self._column, *self._labels]
-        if _is_ids(schema, self._column) and schema.names.count(MASK) == 1:
+        if is_ids(schema, self._column) and schema.names.count(MASK) == 1:
             wanted.append(MASK)
         return list(dict.fromkeys(wanted))
-
-
-MASK = "attention_mask"
-
-
-def _plain_type(schema: Any, name: str) -> Any:
-    kind = schema.field(name).type
-    if pa.types.is_dictionary(kind):
-        return kind.value_type
-    return kind
-
-
-def _is_string(kind: Any) -> bool:
-    return str(kind) in ("string", "large_string", "string_view")
-
-
-def _is_temporal(schema: Any, name: str) -> bool:
-    return bool(pa.types.is_temporal(_plain_type(schema, name)))
-
-
-def _is_list(kind: Any) -> bool:
-    types = pa.types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
-
-
-def _is_ids(schema: Any, name: str) -> bool:
-    kind = schema.field(name).type
-    return _is_list(kind) and bool(pa.types.is_integer(kind.value_type))
-
-
-def _check_text(path: Path, schema: Any, name: str) -> None:
-    kind = _plain_type(schema, name)
-    turns = _is_list(kind) and pa.types.is_struct(kind.value_type)
-    if not (_is_string(kind) or pa.types.is_null(kind) or _is_ids(schema, name) or turns):
-        raise TextError(
-            f"{path}: column {name!r} holds {kind}, expected strings, lists of token ids, or lists of turns with "
-            "role and content. Name another column, or cast this one."
-        )
-
-
-def _check_label(path: Path, schema: Any, name: str) -> None:
-    types = pa.types
-    kind = _plain_type(schema, name)
-    number = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
-    if not (_is_string(kind) or types.is_null(kind) or number or types.is_temporal(kind)):
-        raise TextError(
-            f"{path}: column {name!r} holds {kind}, expected numbers, strings, dates or booleans. Name another "
-            "column, or cast this one."
-        )
-
-
-def _values(column: Any) -> list[Any]:
-    """Return the values of a column, dates and times as text, after a check that its buffers hold what they say."""
-    column.validate(full=True)
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pa.types.is_temporal(column.type):
-        column = pa.compute.cast(column, pa.string())
-    return list(column.to_pylist())
-
-
-def _text_or_ids(value: Any, mask: Any, where: str) -> str | np.ndarray | None:
-    """Return a text, the ids of a list without what its mask leaves out, or the turns of a conversation as a text."""
-    if value is None or isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise TextError(
-            f"{where} holds {type(value).__name__}, expected a string or null, a list of token ids, or a list of "
-            "turns with role and content. Name the column that holds the text."
-        )
-    if all(type(item) is int for item in value):
-        try:
-            ids = np.array(value, np.int64)
-            if mask is None:
-                kept = np.ones(len(ids), bool)
-            else:
-                kept = np.array(mask, np.int64) != 0
-        except (OverflowError, ValueError, TypeError) as error:
-            raise TextError(f"{where} holds ids that cannot be read ({error}).") from error
-        if kept.shape != ids.shape:
-            raise TextError(
-                f"{where} holds {len(ids)} ids, but its {MASK} has {kept.size} values; expected as many. Correct "
-                "the row, or leave the mask out."
-            )
-        chosen: np.ndarray = ids[kept]
-        return chosen
-    return "\n".join(_turn(item, where) for item in value)
-
-
-def _turn(item: Any, where: str) -> str:
-    """Write one turn of a conversation as "role: content"; no template of a tokenizer is run, since it is code."""
-    for role, content in TURNS:
-        if isinstance(item, Mapping) and isinstance(item.get(content), str | list):
-            said = item[content]
-            if isinstance(said, list):
-                parts = [part.get("text") for part in said if isinstance(part, Mapping)]
-                said = "".join(part for part in parts if isinstance(part, str))
-            who = item.get(role)
-            if isinstance(who, str) and who:
-                return f"{who}: {said}"
-            return str(said)
-    raise TextError(
-        f"{where} holds a list with {json.dumps(item, default=str)[:60]}; expected token ids, or turns with role and "
-        "content. Name another column, or write the text into one."
-    )
 
 
 def _json_row(
@@ -563,6 +323,7 @@ def _json_row(
             f"{where} is not valid JSON ({error}); expected one object or string a line. Correct the line, "
             "read the file as plain text, or write a JSON array as lines with `jq -c '.[]'`."
         ) from error
+    # A line that is a string alone is a document without labels.
     entry = value
     if isinstance(value, str):
         entry = {column: value}
@@ -571,13 +332,14 @@ def _json_row(
             f"{where} holds a JSON {type(value).__name__}; expected an object with {column!r}, or a "
             "string. Write one object a line, for example with `jq -c '.[]'`."
         )
+    # A label that the first line lacks is a slip of the pen; in later ones it is a missing value.
     for name in (column, *required):
         if name not in entry:
             raise TextError(
-                f"{where} has no {name!r}; there are {_list(entry)}. Name another column, or write null "
+                f"{where} has no {name!r}; there are {name_all(entry)}. Name another column, or write null "
                 "where a value is missing."
             )
-    text = _text_or_ids(entry[column], entry.get(MASK), f"{where}: {column!r}")
+    text = text_or_ids(entry[column], entry.get(MASK), f"{where}: {column!r}")
     values = [entry.get(name) for name in labels]
     for name, label in [(column, text), *zip(labels, values, strict=True)]:
         if isinstance(label, str) and "\\u" in line and SURROGATE.search(label):
@@ -594,12 +356,9 @@ def _json_row(
     return text, values
 
 
-SURROGATE = re.compile("[\ud800-\udfff]")
-
-
 def _is_tab_separated(path: Path) -> bool:
     zipped = packing_of(path) == ".zip"
-    return (zip_member(path).lower() if zipped else _unpacked_name(path)).endswith(".tsv")
+    return (zip_member(path).lower() if zipped else unpacked_name(path)).endswith(".tsv")
 
 
 def _open_csv(path: Path, tab: bool, types: dict[str, Any], wanted: list[str] | None) -> Any:
@@ -617,6 +376,7 @@ def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
     n_read = 0
     while True:
         data = file.read(TEXT_CHUNK)
+        # The decoder may hold the first bytes of a character that the last part cut: the offset is theirs.
         offset = n_read - len(decoder.getstate()[0])
         try:
             text = decoder.decode(data, final=not data)
@@ -639,30 +399,5 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
 def _not_utf8(error: UnicodeDecodeError, path: Path, offset: int) -> TextError:
     return TextError(
         f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start} "
-        f"({error.reason}). {_convert(error.object[:2])}"
-    )
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(2)
-
-
-def _convert(start: bytes) -> str:
-    """Say how to make UTF-8 of a file that begins with these bytes."""
-    marked = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    encoding = "WINDOWS-1252"
-    if marked:
-        encoding = "UTF-16"
-    sure = "Convert"
-    if marked:
-        sure = "It is UTF-16: convert"
-    return f"{sure} it, for example with `iconv -f {encoding} -t UTF-8`."
-
-
-def _list(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in names]
-    return (
-        ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "")
-        or "none"
+        f"({error.reason}). {how_to_convert(error.object[:2])}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from headwater.extractor.sites import RequestError
-from headwater.extractor.text.documents import kind_of, refuse_url
+from headwater.extractor.text.paths import kind_of, refuse_url
 
 NPY = b"\x93NUMPY"
 ZIP = b"PK\x03\x04"

@@ -227,6 +227,7 @@ def _windows_of_rows(
     """Cut long rows, of which memory holds one batch of windows at a time."""
     places = islice(_window_places(ids, seq_len, stride), max_sequences)
     while group := list(islice(places, ROWS_PER_BATCH)):
+        # int64: the array may hold ids beyond int32, which must be refused and not wrapped.
         part = np.full((len(group), seq_len), PADDING, np.int64)
         for window, (row, first, stop) in zip(part, group, strict=True):
             window[: stop - first] = ids[row, first:stop]
@@ -252,6 +253,7 @@ def _window_places(ids: np.ndarray, seq_len: int, stride: int) -> Iterator[tuple
 def _padding(row: np.ndarray, step: int) -> int:
     """Count the padding at the left (step 1) or right (-1) end of a row."""
     ordered = row[::step]
+    # The ids may be a memory map of gigabytes a row: the ends are looked at piece by piece.
     for first in range(0, len(ordered), PADDING_CHUNK):
         real = np.asarray(ordered[first : first + PADDING_CHUNK]) != PADDING
         if real.any():
@@ -269,10 +271,12 @@ def _token_batch(
 ) -> RowBatch:
     """Check ids [n, T]; `document` and `offset` [n] say where each row stands."""
     columns = np.arange(part.shape[1], dtype=np.int32)
+    # argmax of booleans is the first true one: from the left the row's start, from the right its end.
     real = part != PADDING
     start = real.argmax(1)
     length = part.shape[1] - real[:, ::-1].argmax(1)
     inside = (columns >= start[:, None]) & (columns < length[:, None])
+    # A −1 between tokens is inside and negative, so it is refused together with ids out of range.
     wrong = inside & ((part < 0) | (part >= d_vocab)) | ~real.any(1)[:, None]
     if wrong.any():
         row, column = (int(i) for i in np.argwhere(wrong)[0])
@@ -285,6 +289,7 @@ def _token_batch(
             f"model's ids, 0 to {d_vocab - 1}; padding (-1) may stand at the ends of a row only. Use ids made by "
             "the model's own tokenizer."
         )
+    # Left of the start and right of the end a position sees nothing.
     row_start = np.where(inside, start[:, None], columns + 1).astype(np.int32)
     return RowBatch(part.astype(np.int32), length.astype(np.int32), row_start, document, offset)
 
@@ -326,9 +331,13 @@ def _pack(
 ) -> Iterator[RowBatch]:
     """Fill a buffer of 256 rows without their leads, `begin` holding the index there where a document begins."""
     width = packing.seq_len - packing.row_lead
+    # max_tokens counts the leads of rows, the buffer does not hold them: whole rows give `width` tokens each, and
+    # the last, cut row what is left behind its lead.
     rows, rest = divmod(max_tokens, packing.seq_len)
     left = min(max_sequences * width, rows * width + max(rest - packing.row_lead, 0))
     size = ROWS_PER_BATCH * width
+    # Memory: 256 rows of tokens (4 bytes), begins (8 bytes), and the few rows' own columns; a document of any
+    # length passes through in parts.
     flat = np.empty(size, np.int32)
     begin = np.empty(size, np.int64)
     first = np.empty(ROWS_PER_BATCH, np.int64)
@@ -340,6 +349,7 @@ def _pack(
         n_tokens = 0
         placed = -len(lead)
         complete = True
+        # `placed` counts the document's own tokens before this part, so its lead stands at −len(lead).
         for ids in chain([lead], parts, [tail]):
             taken = ids[:left]
             complete &= ids is tail or len(taken) == len(ids)
@@ -347,7 +357,10 @@ def _pack(
             left -= len(taken)
             while len(taken):
                 n = min(len(taken), size - fill)
+                # A document that began in an earlier buffer has a negative begin; `_packed` takes the row's start then.
                 flat[fill : fill + n], begin[fill : fill + n] = taken[:n], fill - placed - len(lead)
+                # The rows that begin within this stretch: at multiples of `width` from fill on. Each notes to which
+                # document its first token belongs, and how far into it that is.
                 starts = np.arange(-(-fill // width), -(-(fill + n) // width))
                 first[starts], offset[starts] = number, starts * width - fill + placed
                 fill = fill + n
@@ -376,11 +389,14 @@ def _packed(
     row_start = np.zeros((n, packing.seq_len), np.int32)
     length = np.full(n, packing.seq_len, np.int32)
     length[-1] = lead + len(flat) - (n - 1) * width
+    # The buffer cut into rows; every row then begins with its own lead, which is no token of a document.
     row, column = np.divmod(np.arange(len(flat)), width)
     tokens[row, column + lead] = flat
     if packing.bos is not None and lead:
         tokens[:, 0] = packing.bos
     if not packing.across_documents:
+        # A token sees its document from where that begins in this row. Padding behind the end sees nothing: a start
+        # behind itself.
         row_start[row, column] = np.maximum(begin - row * width, 0)
     row_start[-1, length[-1] :] = np.arange(length[-1], packing.seq_len) + 1
     return RowBatch(tokens, length, row_start, first[:n].copy(), offset[:n].copy())
@@ -432,6 +448,7 @@ def _windows(
     held = np.empty(0, np.int32)
     offset = 0
     for ids in parts:
+        # Strictly more than a window: only then is it certain that the next window holds an id of its own.
         held = np.concatenate([held, ids])
         while len(held) > width:
             yield offset, held[:width], False
@@ -448,6 +465,7 @@ def _padded(packing: Packing, rows: list[tuple[np.ndarray, int, int]]) -> RowBat
     columns = np.arange(packing.seq_len, dtype=np.int32)
     real = columns < length[:, None]
     tokens = np.full(real.shape, PADDING, np.int32)
+    # Boolean assignment goes by rows, as the concatenated ids do.
     tokens[real] = np.concatenate([ids for ids, _, _ in rows])
     row_start = np.where(real, 0, columns + 1).astype(np.int32)
     document = np.array([number for _, number, _ in rows], np.int64)

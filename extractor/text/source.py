@@ -12,14 +12,9 @@ from headwater.extractor.model.weights import ModelConfig
 from headwater.extractor.plan import geometry
 from headwater.extractor.request import RunConfig
 from headwater.extractor.sites import RequestError
-from headwater.extractor.text.documents import (
-    Document,
-    Tally,
-    describe_sources,
-    expand_paths,
-    iter_documents,
-)
+from headwater.extractor.text.documents import Document, Tally, describe_sources, iter_documents
 from headwater.extractor.text.ids import load_ids
+from headwater.extractor.text.paths import expand_paths
 from headwater.extractor.text.rows import Packing, RowBatch, iter_rows, iter_token_rows
 from headwater.extractor.text.table import DocumentCount, DocumentWriter
 from headwater.extractor.tokenizer import Tokenizer, load_tokenizer

@@ -107,6 +107,7 @@ class DocumentWriter(DocumentCount):
             self._loose.unlink(missing_ok=True)
 
     def _flush(self) -> None:
+        # Rows are held until there are enough for a row group, and turned into columns then.
         columns: list[tuple[Any, ...]] = [()] * len(self._schema)
         if self._rows:
             columns = list(zip(*self._rows, strict=True))

@@ -23,10 +23,9 @@ from headwater.extractor.text.documents import (
     Tally,
     TextError,
     describe_sources,
-    expand_paths,
     iter_documents,
-    kind_of,
 )
+from headwater.extractor.text.paths import expand_paths, kind_of
 
 TEXTS = ["naïve 🤗\r\n two lines", None, "b,\"c\"\t'd'", "", "last"] + [
     f"row {i}" for i in range(5, 200)

@@ -22,7 +22,8 @@ import torch
 import headwater
 from headwater.extractor.text import documents as texts
 from headwater.extractor.text import ids as ids_module
-from headwater.extractor.text.documents import TextError, expand_paths, iter_documents
+from headwater.extractor.text.documents import TextError, iter_documents
+from headwater.extractor.text.paths import expand_paths
 from headwater.store.reader import open_run
 
 ROWS = [{"text": "the quick fox", "n": 1}, {"text": "jumps over", "n": -1}]
