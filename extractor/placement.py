@@ -58,14 +58,12 @@ class Placement:
 
     def part(self, first: int, last: int) -> Placement:
         """Return the place of the sequences [first, last) of this micro-batch."""
-        hidden = self.hidden
-        if hidden is not None:
-            hidden = hidden[first:last]
-        positions = self.positions
-        if positions is not None:
-            positions = positions[first:last]
         return replace(
-            self, first=self.first + first, n=last - first, hidden=hidden, positions=positions
+            self,
+            first=self.first + first,
+            n=last - first,
+            hidden=_cut(self.hidden, first, last),
+            positions=_cut(self.positions, first, last),
         )
 
     def choose(self, site: str, value: torch.Tensor) -> torch.Tensor:
@@ -95,6 +93,14 @@ class Placement:
         return hidden.view(shape)
 
 
+def _moved(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def _cut(value: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
+    return None if value is None else value[first:last]
+
+
 def inner_dims(site: str) -> tuple[str, ...]:
     """Return the dimensions of a site behind the sequence."""
     dims = SITES[site].dims
@@ -120,9 +126,3 @@ def _chosen_positions(
         real = (~hidden_BT).to(torch.int64) * torch.arange(1, hidden_BT.shape[1] + 1)
         return (real.amax(1, keepdim=True) - 1).clamp_(min=0)
     return torch.tensor(chosen).expand(hidden_BT.shape[0], -1)
-
-
-def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    return tensor.to(device)
