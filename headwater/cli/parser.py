@@ -22,6 +22,7 @@ from headwater.cli import (
     studies,
 )
 from headwater.cli.command import Command, Parser, UsageError
+from headwater.cli.completion import SHELLS, print_completion
 
 # Each area has COMMANDS; the help lists them in this order.
 AREAS: tuple[ModuleType, ...] = (
@@ -55,7 +56,7 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if first in COMMANDS:
         return _read_options(COMMANDS[first], rest)
     if first.startswith("-"):
-        make_parser().parse_known_args([first])
+        make_parser().parse_known_args(arguments)
         raise UsageError(f"{first!r} stands where a command is expected. See `headwater --help`.")
     raise UsageError(
         f"there is no command {first!r}{_near(first, COMMANDS)} Expected one of {names}. See `headwater --help`."
@@ -72,11 +73,33 @@ def make_parser() -> Parser:
         epilog=START,
     )
     parser.add_argument("--version", action="version", version=f"headwater {headwater.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        help="print the script that completes commands and flags in a shell",
+    )
     group = parser.add_subparsers(title="commands", metavar="COMMAND", prog="headwater")
     group.required = False
+    # Names and summaries alone. The arguments of every command would import numpy, and take a third of a second.
     for command in COMMANDS.values():
         group.add_parser(command.name, help=command.summary)
     return parser
+
+
+class PrintCompletion(argparse.Action):
+    """Print a completion script and end, as --help does."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        parsers = {command: make_command_parser(command) for command in COMMANDS.values()}
+        print_completion(str(values), parsers)
+        parser.exit()
 
 
 def make_command_parser(command: Command) -> Parser:

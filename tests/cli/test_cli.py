@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -241,3 +242,20 @@ def test_help_names_every_value_and_fits_a_terminal(capsys, monkeypatch):
         assert f"    {name}" in commands
         assert main([name, "--help"]) == 0 and "--json" in capsys.readouterr().out
     assert make_parser().prog == "headwater"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_and_flags(cli, shell):
+    script = cli("--print-completion", shell).out
+    for word in ("extract", "plateau", "seq-len", "within-documents", "token-file"):
+        assert word in script
+    if shell == "bash":
+        probe = 'COMP_WORDS=(headwater extract --seq); COMP_CWORD=2; _headwater; echo "$COMPREPLY"'
+        done = subprocess.run(
+            ["bash", "-c", f"{script}\n{probe}"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "--seq-len" and done.stderr == ""
+
+
+def test_what_completion_takes_is_said(cli):
+    cli("--print-completion", "csh").error(2, "invalid choice: 'csh'", "bash")
