@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from headwater.extractor.request import RunConfig
     from headwater.store.reader import Run, open_run
 
+# Where each name lives. It is imported when it is first used, so that `import headwater` takes no torch and no xarray;
+# type checkers and help() see the same names above.
 _HOMES = {
     "Edit": "headwater.extractor.edits.grammar",
     "Run": "headwater.store.reader",
@@ -60,6 +62,7 @@ def _check_versions() -> None:
 
 def __getattr__(name: str) -> Any:
     """Import what is named when it is first used."""
+    # Old libraries are named before one of them fails at something that says nothing.
     if name in _HOMES:
         _check_versions()
         return getattr(import_module(_HOMES[name]), name)

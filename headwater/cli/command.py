@@ -53,6 +53,7 @@ def add_options(parser: Parser, request: type[Request], only: Collection[str] = 
 
 def part_of(parser: Parser, title: str) -> _ArgumentGroup:
     """Return the part of a help text with this title; a new one where there is none yet."""
+    # argparse has no public way to ask for its groups.
     for group in parser._action_groups:
         if group.title == title:
             return group
@@ -77,6 +78,7 @@ def _add(parser: Parser, option: Option) -> None:
         )
         return
     more: dict[str, Any] = {}
+    # What several values are given by: `--text a b` or `--edit x --edit y`.
     if kind.many == "words":
         more = {"nargs": "+", "action": "extend"}
     elif kind.many == "again":

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from headwater.cli.command import Command, Parser
 
 SHELLS = ("bash", "zsh", "fish")
+# The flags depend on the command alone; whatever is no flag may be a file.
 BASH = """\
 _headwater() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}" flags=""
@@ -58,6 +59,7 @@ def _fish(parsers: Mapping[Command, Parser]) -> Iterator[str]:
 
 def _flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, str]]:
     """Yield the long flags of a command with their help."""
+    # The parser is the one place that knows the flags: those of requests come from fields, others from their module.
     for action in parser._actions:
         for flag in action.option_strings:
             if flag.startswith("--"):

@@ -47,6 +47,7 @@ def run_dynamics(options: Namespace) -> int:
     from headwater.analysis.engine.results import save_at
     from headwater.analysis.studies.dynamics import dynamics, name_steps
 
+    # Refused before the checkpoints are run, which takes long.
     if options.out is not None and Path(options.out).exists():
         raise ValueError(f"--out {options.out} exists already. Name another place, or remove it.")
     # What is not given is left to the defaults of RunConfig, which every checkpoint's run is made with.

@@ -24,6 +24,7 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 0 done, 1 failed while running, 2 wrong request, 130 interrupted."""
+    # Nothing is told to anybody but what a download needs.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     settle_threads()
     try:
@@ -71,6 +72,7 @@ def explain(error: Exception) -> str:
         return f"{text}. Check that the path is there and may be read and written, then run the same command again."
     if isinstance(error, RuntimeError) and text:
         return text
+    # Whatever comes here was not foreseen: say where, so that a report of it can be acted on.
     frames = traceback.extract_tb(error.__traceback__)
     where = ""
     if frames:
@@ -87,6 +89,7 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as stop:  # --help and --version
         return int(stop.code or DONE)
     check_versions(*CORE)
+    # `headwater sites | head` ends when head has read enough, and that is no failure.
     with suppress(BrokenPipeError):
         return int(options.command.run(options))
     return DONE

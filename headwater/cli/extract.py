@@ -85,6 +85,7 @@ def add_plan(parser: Parser) -> None:
 
 
 def _add_config(parser: Parser) -> None:
+    # Imported when one of these commands is asked for: numpy comes with the request.
     from headwater.extractor.request import HUB, RunConfig
 
     add_options(parser, RunConfig)
@@ -122,6 +123,7 @@ def run_plan(options: Namespace) -> int:
     free = free_disk(out)
     memory = available_memory()
     projection = project(plan, find_rates(config, stated))
+    # What a GPU needs is projected from shapes; whether this machine has one does not matter here.
     on_device = None
     if config.device != "cpu":
         on_device = device_bytes(config, plan)
@@ -178,6 +180,7 @@ def _plan_json(
 def run_extract(options: Namespace) -> int:
     """Extract, showing progress; print where the run is."""
     config = read_config(options)
+    # Who forgot the file would wait for a command that waits for them.
     if "-" in config.text and sys.stdin is not None and sys.stdin.isatty():
         print("headwater: reading text from the terminal; end it with Ctrl-D", file=sys.stderr)
     run = _extract_and_say(config)
@@ -192,6 +195,7 @@ def _extract_and_say(config: RunConfig) -> Run:
     """Extract; an error that stops it says what of the run is kept."""
     from headwater.extractor import run as extractor
 
+    # Standard output is for the result, so that it can be piped; progress and errors have the other stream.
     reporter = Reporter(sys.stderr)
     try:
         return extractor.extract(config, reporter)
@@ -224,6 +228,7 @@ def _made_json(run: Run) -> dict[str, object]:
 
 def _print_made(run: Run) -> None:
     manifest = run.manifest
+    # The first line, on special tokens, is for `info`; what was cut off is said at once.
     for line in text_lines(manifest.text)[1:]:
         print(line)
     sequences = count(int(run.complete.sum()), "sequence")

@@ -92,6 +92,7 @@ def run_intervention(options: Namespace) -> int:
     from headwater.analysis.interventions.requests import REQUESTS, make_request
 
     kind = options.command.name
+    # Only what was given, so that the request's own defaults hold.
     given: dict[str, object] = {}
     for item in fields(REQUESTS[kind]):
         value = getattr(options, item.name)
@@ -107,7 +108,9 @@ def _report(options: Namespace, request: Intervention, found: Sequence[Any]) -> 
     from headwater.analysis.interventions.figures import headline
     from headwater.store.place import place_of
 
+    # Beside the run that was named, else under the command's name in the directory one is in.
     home = place_of(options.out or getattr(options, "run", None) or options.command.name)
+    # Results of other settings are moved aside, never overwritten: they may have taken hours.
     paths, aside = request.keep(home, found)
     figures: list[Path] = []
     if options.plot:

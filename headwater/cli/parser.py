@@ -107,6 +107,7 @@ def make_command_parser(command: Command) -> Parser:
     parser = Parser(
         prog=f"headwater {command.name}",
         description=f"{command.summary[0].upper()}{command.summary[1:]}.",
+        # An abbreviation would change its meaning when a flag is added.
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -121,6 +122,7 @@ def _read_options(command: Command, arguments: Sequence[str]) -> argparse.Namesp
     options, unknown = parser.parse_known_args(_attach(arguments))
     if not unknown:
         return options
+    # parse_known_args lets us name the nearest flag; argparse itself would only repeat the wrong one.
     flags = re.findall(r"--[a-z-]+", parser.format_usage() + parser.format_help())
     hint = ""
     if not unknown[0].startswith("-"):

@@ -58,6 +58,7 @@ class Line:
                 self._stream.write(text)
                 self._stream.flush()
         except (OSError, ValueError):
+            # A closed pipe or terminal must not end hours of work.
             self._stream = None
 
     def _width(self) -> int:

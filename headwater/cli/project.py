@@ -65,6 +65,7 @@ def run_project(options: Namespace) -> int:
     # Directions of another run of the same model make two runs comparable: the same axes for both.
     run = open_run(options.run)
     home = open_run(options.directions or options.run)
+    # Only what differs from svd's own defaults, so that a kept result is used again.
     wanted: dict[str, Any] = {"site": options.site}
     # The usual result holds fewer directions too, so it is computed anew only for more than it has.
     if options.k > SvdAnalysis().k:

@@ -54,6 +54,7 @@ def run_reproduce(options: Namespace) -> int:
     model = options.model or os.environ.get(VARIABLE) or "gpt2"
     # A text that every machine has: what Python's own help says.
     text = options.text or [str(files("pydoc_data") / "topics.py")]
+    # Two runs of GPT-2 take gigabytes: they go unless --out keeps them.
     with tempfile.TemporaryDirectory() as folder:
         rows = reproduce(
             model, tuple(text), Path(options.out or folder), options.sequences, options.revision

@@ -112,6 +112,7 @@ def _print_status(name: str, run: Run, entries: Sequence[Entry], damaged: Sequen
         print(f"seconds  {phases}")
         print_bottleneck(seconds)
     _print_workers(entries)
+    # An attempt after the first means that a worker was lost, or a block was repaired.
     if retried := sum(entry.attempt > 1 for entry in entries):
         print(f"retried  {count(retried, 'block')} committed by a later attempt")
     if slow := straggler(entries):
@@ -169,6 +170,7 @@ def run_info(options: Namespace) -> int:
     run = open_run(options.run)
     manifest = run.manifest
     if options.json:
+        # "statics" lists the files that are written once with their checksums: for verify, not for readers.
         found = manifest.to_json()
         del found["statics"]
         print_json(found | {"complete": int(run.complete.sum()), "mixed": _mixed(run)})
@@ -207,6 +209,7 @@ def _print_origin(manifest: Manifest, n_complete: int) -> None:
     for line in text_lines(manifest.text):
         print(f"         {line}")
     made = manifest.made_by
+    # Which library multiplied decides the last bits, so it is part of what made a run.
     products = ""
     if made.get("products", "torch") != "torch":
         products = f", products by {made['products']}"
@@ -222,6 +225,7 @@ def _mixed(run: Run) -> list[dict[str, object]]:
 
 def _print_mixed(run: Run) -> None:
     """Name the blocks that something else made than what the run names: their last bits may differ."""
+    # Two kinds of processor add up in other orders, and float addition is not associative.
     for other, blocks in run.ledger.mixed(run.manifest.made_by).items():
         what = ", ".join(f"{name} {value}" for name, value in other)
         print(f"mixed    {name_blocks(blocks)} made with {what}: last bits may differ")
@@ -265,6 +269,7 @@ def run_verify(options: Namespace) -> int:
         report = verify(run, options.quick, options.workers, reporter)
     finally:
         reporter.close()
+    # Blocks that are taken out are computed again by `extract`; files that are written once have no second source.
     fixed: list[int] = []
     if options.repair and report.problems:
         # Nobody may commit blocks while others are taken out.

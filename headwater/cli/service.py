@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from headwater.extractor.settings import Request
     from headwater.service.client import Client
 
+# Settings of jobs without a request class whose values stay text, whatever they look like.
 STRINGS = ("out", "run", "model")
 EXTRA = ("fastapi", "uvicorn", "pydantic", "starlette")
 NUMBERS = ("integer", "number")
+# A job in another state has ended.
 ACTIVE = ("queued", "running")
+# How long a server may be gone, as while it is started again, before --wait gives up.
 PATIENCE_SECONDS = 60
 SERVER = "http://127.0.0.1:8000"
 SERVE = """\
@@ -162,10 +165,12 @@ def run_serve(options: Namespace) -> int:
     """Serve until stopped."""
     from headwater.store.versions import check_versions
 
+    # Before the import: an old one fails there with a message about something else.
     check_versions("fastapi", "starlette")
     try:
         from headwater.service.server import serve
     except ModuleNotFoundError as error:
+        # Another missing module is a fault of the installation, not the extra that was left out.
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         raise ValueError(
@@ -266,6 +271,7 @@ def _read_settings(options: Namespace) -> JsonObject:
             raise ValueError(
                 f"--config {options.config} cannot be read: {error}. Expected a TOML file."
             ) from error
+    # Set on the command line, so it wins over the file.
     for setting in options.set:
         name, equals, text = setting.partition("=")
         if not equals or not name:
@@ -310,6 +316,7 @@ def _upload(client: Client, file: str) -> None:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"--upload {file} cannot be read: {error.strerror}.") from error
+    # The server keeps texts by their last name; a folder of this machine means nothing there.
     sent = client.put(f"/texts/{urllib.parse.quote(path.name)}", data)
     print(f"headwater: sent {sent['text']}, {show_bytes(sent['n_bytes'])}", file=sys.stderr)
 

@@ -66,6 +66,7 @@ def _sites_json(sizes: dict[str, int]) -> dict[str, object]:
 def _print_sites(sizes: dict[str, int]) -> None:
     from headwater.extractor.sites import PRESETS, SITES
 
+    # Two lines a site: one does not fit a terminal.
     for site in SITES.values():
         dims = ", ".join(f"{dim} {sizes.get(dim, '')}".strip() for dim in site.dims)
         alias = ""

@@ -31,6 +31,7 @@ class Client:
     """A server by its URL. Raises ValueError for what the server refuses, RuntimeError where it cannot be reached."""
 
     def __init__(self, server: str, token_file: str | None = None) -> None:
+        # urllib would open file: and ftp: too.
         parts = urllib.parse.urlsplit(server)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ValueError(

@@ -37,6 +37,7 @@ class Login(BaseModel):
     token: Annotated[str, Field(max_length=1000)]
 
 
+# Every route can give every one of them: the guard and the error handlers stand around all.
 ERRORS: dict[int | str, JsonObject] = {
     code: {
         "description": text,
@@ -60,6 +61,7 @@ ERRORS: dict[int | str, JsonObject] = {
 
 def job_documents() -> dict[str, dict[str, object]]:
     """Return the JSON schemas of jobs' documents by name, made of the fields of their requests."""
+    # The same classes that check the documents, so the description cannot say anything else.
     requests: dict[str, type[Request]] = {"extract": RunConfig, **REQUESTS}
     schemas = {f"{kind.title()}Document": request_schema(one) for kind, one in requests.items()}
     return schemas | {"AnalyzeDocument": analyze_schema()}

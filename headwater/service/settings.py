@@ -16,7 +16,9 @@ from headwater.store.objects import ObjectPath, is_url
 from headwater.store.place import Place, plain_place
 
 STATE = ".headwater"
+# What reaches this machine alone; anything else needs a token.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# Too long to be guessed at the rate that a server answers.
 TOKEN_LENGTH = 16
 
 
@@ -133,6 +135,7 @@ def make_settings(
         raise ValueError(
             "ROOT is empty, perhaps a variable that is not set; name the directory that holds your runs."
         )
+    # One spelling of a root, since its queue and its lock are found by it.
     root = plain_place(root)
     place: Place
     beside = None

@@ -235,6 +235,7 @@ def to_arrow(part: Slice) -> bytes:
         "incomplete": str(part.incomplete),
     }
     table = pa.table(columns).replace_schema_metadata(about)
+    # One record batch: the reader has the whole slice or none.
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

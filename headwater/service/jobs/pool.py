@@ -96,6 +96,7 @@ class WorkerProcess:
 
     def cancel(self, number: int) -> None:
         """Interrupt a request that runs, or will."""
+        # A process that is gone needs no cancelling.
         with suppress(OSError, ValueError):
             self._send({"do": "cancel", "id": number})
 
@@ -119,6 +120,7 @@ class WorkerProcess:
 
     def _send(self, request: JsonObject) -> None:
         assert self._process.stdin is not None
+        # A cancellation comes from another thread; lines must not mix.
         with self._write:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -176,6 +178,7 @@ class Workers:
     def give_back(self, worker: WorkerProcess) -> None:
         """Keep a process for later: the last one, for some minutes."""
         with self._lock:
+            # One idle process is enough to answer a plan at once; each holds some hundred megabytes.
             keep = worker.alive and not self._closed and not self._idle
             if keep:
                 self._idle.append(worker)

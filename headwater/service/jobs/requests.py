@@ -28,6 +28,7 @@ from headwater.store.place import Place, place_of
 
 # OWNER/NAME or NAME, as the hub allows; nothing that could be read as a path.
 HUB_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?")
+# Each is a process with the model in memory, or an actor on the cluster.
 MOST_WORKERS = 64
 
 
@@ -164,6 +165,7 @@ KINDS: dict[str, Callable[[Settings, JsonObject], JsonObject]] = {
 
 
 def _run(settings: Settings, document: Mapping[str, Json]) -> str:
+    # A run outside, a hidden one and none at all are answered alike: nothing is learned of what lies elsewhere.
     name = document.get("run")
     if not isinstance(name, str) or not name:
         raise RequestError("run is missing; name one of the server's runs.")
@@ -184,6 +186,7 @@ def _model(settings: Settings, name: object, what: str) -> str:
         return _inside_only(
             read_path(settings, name, what, settings.models), settings, settings.models
         )
+    # A name that is no file here may be a hub id; a path that leads elsewhere is never one.
     except DeniedError:
         if isinstance(name, str) and HUB_ID.fullmatch(name) and ".." not in name:
             return name

@@ -32,6 +32,7 @@ create table if not exists job (
 ) strict;
 create index if not exists job_state on job (state);
 """
+# Kept as text, read as JSON.
 JSON_COLUMNS = ("document", "price", "progress", "result")
 
 
@@ -95,6 +96,7 @@ class JobQueue:
         self, kind: str, document: Mapping[str, Json], run: str, price: Mapping[str, Json]
     ) -> tuple[Job, bool]:
         """Accept a job; where the same one is waiting or running, return that one and False."""
+        # Sorted, so that the same settings in another order are the same job.
         text = json.dumps(document, sort_keys=True)
         with self._lock:
             rows = self._db.execute(
@@ -211,6 +213,7 @@ class JobQueue:
     def changed(self, since: int) -> tuple[int, list[Job]]:
         """Return the clock and the jobs that changed after `since`, an earlier clock."""
         with self._lock:
+            # A job counts once, with its last change; what lies between is no news any more.
             numbers = [n for n, clock in self._changed.items() if clock > since]
             return self._clock, [self.get(n) for n in sorted(numbers)]
 

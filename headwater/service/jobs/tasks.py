@@ -31,6 +31,7 @@ def plan_extract(document: Document, progress: Progress) -> Any:
     config = _config(document)
     out = place_of(config.out)
     check_target(out)
+    # A run that goes on needs disk for its missing blocks alone.
     done = 0
     if manifest_path(out).exists():
         plan, done = plan_rest(config)
@@ -166,6 +167,7 @@ def run_verify(document: Document, progress: Progress) -> Any:
     report = verify(run, document["quick"], 2, count)
     fixed: list[int] = []
     if document["repair"] and report.problems:
+        # As in `headwater verify --repair`: nobody may commit blocks while others are taken out.
         with hold(run.path):
             fixed = repair(run, report)
     problems = [vars(p) for p in report.problems]
@@ -173,6 +175,7 @@ def run_verify(document: Document, progress: Progress) -> Any:
         "n_files": report.n_files,
         "n_bytes": report.n_bytes,
         "n_problems": len(problems),
+        # A run with one bad disk can have a problem a block; the number says how many.
         "problems": problems[:50],
         "uncommitted": fixed,
         "quick": document["quick"],

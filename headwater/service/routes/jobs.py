@@ -108,6 +108,7 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
         name: Annotated[str, fastapi.Path(max_length=101)], request: Request
     ) -> JsonObject:
         """Keep a text for jobs, as texts/NAME; a file of that name must not be there."""
+        # Each upload holds a file open until its client has sent everything.
         with uploads.hold(1):
             upload = await asyncio.to_thread(Upload, settings.local, name)
             try:
@@ -143,6 +144,7 @@ def add_jobs(app: FastAPI, settings: Settings, jobs: JobQueue, executor: Executo
 async def _events(request: Request, jobs: JobQueue, since: int) -> AsyncIterator[str]:
     """Yield changes as they come, and a comment now and then so that both sides notice a lost connection."""
     quiet = BEAT_SECONDS
+    # Browsers connect again by themselves, after a second.
     yield "retry: 1000\n\n"
     while not await request.is_disconnected():
         if jobs.clock > since:

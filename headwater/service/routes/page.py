@@ -20,6 +20,7 @@ KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 def add_page(app: FastAPI, settings: Settings) -> None:
     def page(name: str) -> HTMLResponse:
+        # Read each time, and asked for each time by browsers, so that a new version is seen at once.
         return HTMLResponse((PAGE / name).read_text("utf-8"), headers={"cache-control": "no-cache"})
 
     @app.get("/", include_in_schema=False)

@@ -38,6 +38,7 @@ class _Held:
 
     def take(self, n_bytes: int) -> None:
         """Take what making a slice needs: its values, their copy in the order of the format, and the answer."""
+        # All or nothing: where only a part were left, two answers could wait for each other.
         self._flight.take(3 * n_bytes)
         self._n_bytes = 3 * n_bytes
 
@@ -121,6 +122,7 @@ def add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
             if asked is not None:
                 wanted[dim] = asked
         run = catalog.open(name)
+        # Many large slices at once would take the memory of jobs: each asks the budget before it reads.
         held = _Held(flight)
         try:
             part = slices.read_slice(run, site, wanted, partial, settings.limits, held.take)
@@ -130,6 +132,7 @@ def add_runs(app: FastAPI, settings: Settings, catalog: Catalog) -> None:
             else:
                 data = slices.to_arrow(part)
                 kind = "application/vnd.apache.arrow.stream"
+        # Whatever happens, a cancellation too, the budget gets its part back.
         except BaseException:
             held.keep(0)
             raise
