@@ -40,6 +40,7 @@ TESTS = Path(__file__).parent
 SLOW = (
     "analysis/coherence",
     "analysis/commands",
+    "analysis/memory",
     "analysis/report",
     "analysis/reproduce",
     "benchmarks/",

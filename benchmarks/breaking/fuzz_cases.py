@@ -38,6 +38,8 @@ CALL = f"resid call={PLANTED}:edit"
 EXTRACT = ["extract", "--out", "new", "--seq-len", "8", "--max-sequences", "4", "--threads", "1"]
 # Imported before the forks, so that a case takes no longer than its own work.
 PRELOADED = (
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
     "pyarrow.csv",
     "pyarrow.ipc",
     "pyarrow.parquet",

@@ -7,6 +7,7 @@ from headwater.analysis.engine.checkpoint import Checkpoint
 from headwater.analysis.engine.results import analysis_path
 from headwater.analysis.engine.scan import Scan
 from headwater.analysis.measures.cosine import cosine
+from headwater.store.place import place_of
 
 
 class Stop(Exception):
@@ -52,7 +53,7 @@ def test_another_request_starts_anew(analysis_run):
 
 
 def test_kept_nodes_come_back_and_a_torn_file_is_no_file(tmp_path):
-    kept = Checkpoint(tmp_path, ["x"], 0)
+    kept = Checkpoint(place_of(tmp_path), ["x"], 0)
     nodes = {
         (0, 3): None,
         (1, 0): [{"a": np.arange(3.0), "b": np.eye(2)}, {}],
@@ -67,7 +68,7 @@ def test_kept_nodes_come_back_and_a_torn_file_is_no_file(tmp_path):
     path = next(kept.folder.iterdir())
     path.write_bytes(path.read_bytes()[:-40])
     assert kept.load(1) == {}
-    slow = Checkpoint(tmp_path, ["y"], 100)
+    slow = Checkpoint(place_of(tmp_path), ["y"], 100)
     slow.save(1, nodes)
     assert not slow.folder.exists()
     slow.save(1, nodes, now=True)

@@ -91,6 +91,7 @@ def everything(run, scan):
     return {f"{d.attrs['analysis']}.{name}": v.values for d in results for name, v in d.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "packed"])
 def test_results_have_the_same_bits_in_every_pool_and_order(analysis_run, layout):
     run = analysis_run(layout)
@@ -101,6 +102,7 @@ def test_results_have_the_same_bits_in_every_pool_and_order(analysis_run, layout
             np.testing.assert_array_equal(value, expected[name], f"{name} {scan}", strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_workers_share_torchs_threads_out(kind):
     """Two workers with all threads each fight for the cores: a scan by processes took ten times as long."""

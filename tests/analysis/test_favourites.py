@@ -125,6 +125,7 @@ def test_the_analysis_agrees_with_the_weights_of_any_toy(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_random_attention_is_as_transitive_as_its_null(tmp_path, oracle):
     """Heads without preferences look transitive: what is there more often is attended to more often."""
     model = oracle.gpt2(n_layer=4, n_head=4, n_embd=16, n_positions=24, vocab_size=20)

@@ -67,6 +67,7 @@ def end_by_signal(folder, random):
 def test_the_fuzzer_would_find_it(flaw, kind, material, tmp_path, monkeypatch):
     monkeypatch.setitem(fuzz_cases.PARSERS, "flaw", flaw)
     monkeypatch.setattr(bench_fuzz, "SECONDS", 1)
+    monkeypatch.setattr(bench_fuzz, "PATIENCE", 2)
     monkeypatch.setattr(bench_fuzz, "MEMORY", 64 << 20)
     assert bench_fuzz.run_case(material, tmp_path, "flaw", 0, seed=0).kind == kind
 
