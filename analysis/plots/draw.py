@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ SEQUENTIAL = "viridis"
 DIVERGING = "RdBu_r"
 WIDTH = 7.2
 HEIGHT = 2.9
-LOCK = Lock()
+LOCK = RLock()  # a drawing function may set the style again
 FONTS = b"'DejaVu Sans', Verdana, sans-serif"
 STYLE: Any = {
     "font.family": "DejaVu Sans",

@@ -11,7 +11,7 @@ import xarray
 from headwater.analysis.engine.pools import make_pool
 from headwater.analysis.engine.reducer import Reducer
 from headwater.analysis.engine.results import analysis_path, load, save
-from headwater.analysis.engine.scan import Analysis, Scan, Tree, analyse, reduce_run
+from headwater.analysis.engine.scan import Prepared, Scan, Tree, analyse, reduce_run
 from headwater.analysis.engine.work import projected_bytes
 from headwater.analysis.measures.cosine import cosine
 from headwater.analysis.measures.svd import Scatter, svd
@@ -213,7 +213,7 @@ def test_a_wrong_number_of_passes_is_caught(analysis_run):
         return None
 
     with pytest.raises(AssertionError, match="two declares 1 passes"):
-        analyse(analysis_run("plain"), [Analysis("two", 1, steps, {})])
+        analyse(analysis_run("plain"), [Prepared("two", 1, steps, {})])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
