@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from headwater.analysis.engine.results import RunResults
+from headwater.analysis.measures.origin import load_run_model
+from headwater.analysis.measures.sink_rows import STATISTIC_SITES
 from headwater.analysis.studies.phases import find_phases
 from headwater.analysis.studies.study import Answer, Estimate, Study, Value
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
     from headwater.store.reader import Run
 
-STATISTICS = ("attn_entropy", "attn_sink", "attn_distance", "attn_received")
 MIN_FIRST = 3  # standard errors that a second favourite must stand from nothing
 
 
@@ -45,7 +46,7 @@ class TransitionStudy(Study):
 
     name = "transition"
     question = "Where does early, distributed attention end, and do the weights change there?"
-    sites = (*STATISTICS, "loss")
+    sites = (*STATISTIC_SITES, "loss")
     analyses = ("sinks",)
     figures = ("sink_layers", "coherence")
     further = ("coherence",)
@@ -58,16 +59,12 @@ class TransitionStudy(Study):
 
     def more(self, run: Run, found: Mapping[str, xr.Dataset]) -> dict[str, xr.Dataset]:
         """Score the directions of the weights, with the transition of this run."""
-        from headwater.analysis.weights.coherence import coherence
+        from headwater.analysis.weights.coherence import coherence_of
+        from headwater.analysis.weights.corpora import open_corpus
 
-        made = run.manifest.model
-        scored = coherence(
-            made["name"],
-            list(self.corpus) or run,
-            found["sinks"],
-            max_tokens=self.max_tokens,
-            revision=made["revision"],
-        )
+        checkpoint = load_run_model(run)
+        corpus = open_corpus(list(self.corpus) or run, checkpoint, self.max_tokens)
+        scored = coherence_of(checkpoint, corpus, found["sinks"])
         return {"coherence": scored}
 
     def answer(self, results: RunResults) -> list[Answer]:
@@ -156,7 +153,7 @@ class MassiveStudy(Study):
     question = (
         "Which activations are massive, what makes them, and would the loss have them larger?"
     )
-    sites = ("resid", "mlp_post", "loss", *STATISTICS)
+    sites = ("resid", "mlp_post", "loss", *STATISTIC_SITES)
     analyses = ("massive", "massive_origin", "sinks")
     figures = ("massive_depth", "massive_made", "ablation")
     further = ("ablate",)
@@ -225,7 +222,7 @@ class RepeatedStudy(Study):
 
     name = "repeated"
     question = "Do repeated tokens look like a first one?"
-    sites = (*STATISTICS, "loss")
+    sites = (*STATISTIC_SITES, "loss")
     analyses = ("sinks", "false_sinks")
     figures = ("false_sinks",)
     reading = (
@@ -330,10 +327,8 @@ class PlateauStudy(Study):
         from headwater.analysis.interventions.plateau_parts import attribute
         from headwater.analysis.interventions.prompts import Reader, read_pairs
         from headwater.analysis.interventions.replay import Replay
-        from headwater.extractor.model.weights import load_checkpoint
 
-        made = run.manifest.model
-        checkpoint = load_checkpoint(made["name"], made["revision"], made["config"]["activation"])
+        checkpoint = load_run_model(run)
         rows = self._rows(run)
         asked = [{"a": rows[i], "b": rows[i + 1]} for i in range(0, len(rows) - 1, 2)]
         pairs = read_pairs(asked, ("a", "b"), Reader(checkpoint, None, False))
@@ -369,26 +364,21 @@ class PlateauStudy(Study):
         """Give widths at the logits by depth, of paths and with parts held."""
         whole = results.results["plateau"]
         parts = results.results["plateau_parts"]
-        answers: list[Answer] = []
-        for path in whole.path.values:
-            one = whole.sel(path=path, output=-1)
-            answers.append(
-                {
-                    "what is held": f"nothing ({path} path)",
-                    "pairs": len(whole.pair),
-                    "width by depth": Estimate(floats(one.width_mean), floats(one.width_error)),
-                }
-            )
-        for scenario in parts.scenario.values:
-            one = parts.sel(scenario=scenario, out="logits")
-            answers.append(
-                {
-                    "what is held": str(scenario),
-                    "pairs": len(parts.pair),
-                    "width by depth": Estimate(floats(one.width_mean), floats(one.width_error)),
-                }
-            )
-        return answers
+        held = [
+            (f"nothing ({path} path)", whole.sel(path=path, output=-1))
+            for path in whole.path.values
+        ]
+        held += [
+            (str(name), parts.sel(scenario=name, out="logits")) for name in parts.scenario.values
+        ]
+        return [
+            {
+                "what is held": name,
+                "pairs": len(one.pair),
+                "width by depth": Estimate(floats(one.width_mean), floats(one.width_error)),
+            }
+            for name, one in held
+        ]
 
 
 STUDIES: Sequence[type[Study]] = (

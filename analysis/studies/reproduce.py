@@ -10,6 +10,7 @@ import numpy as np
 
 from headwater.analysis.measures.massive import massive, massive_dimensions
 from headwater.analysis.measures.origin import Event, massive_origin
+from headwater.analysis.measures.sink_rows import STATISTIC_SITES
 from headwater.analysis.measures.sinks import sinks
 from headwater.analysis.studies.published import (
     COORDINATES,
@@ -28,7 +29,7 @@ from headwater.extractor.request import RunConfig
 from headwater.extractor.run import extract
 from headwater.store.reader import Run
 
-SITES = ("resid", "attn_entropy", "attn_sink", "attn_distance", "attn_received")
+SITES = ("resid", *STATISTIC_SITES)
 TOLERANCE = 0.1
 SHARE_TOLERANCE = 0.01
 MASSIVE_DIMENSION = 447
