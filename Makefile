@@ -33,7 +33,7 @@ wheel: .venv/test
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable '.[plots,serve]'
 	touch $@
 
 .venv/test: .venv/ready
